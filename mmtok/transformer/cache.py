@@ -1,0 +1,93 @@
+"""Key-value cache: preallocated, owned by the caller, sliced to the length in use, one length a row.
+
+The slot of a key is its position, so what a row's cache holds does not depend on the rest of the batch. Prompts of
+unequal length are run right-padded; ``rewind`` then sets each row's true length, and the keys of the padding are
+masked until later ids overwrite them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmtok.errors import ConfigError
+
+
+class KVCache:
+    """Keys and values of every layer.
+
+    Attributes:
+        capacity: slots per row.
+        lengths: ids that each row holds, on the host: no device synchronisation is needed to know them.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        batch: int,
+        heads: int,
+        capacity: int,
+        head_dim: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Allocate [layers, batch, heads, capacity, head_dim] twice, with ``heads`` the key-value heads."""
+        self.capacity = capacity
+        self.lengths = [0] * batch
+        self._keys = torch.zeros(layers, batch, heads, capacity, head_dim, device=device, dtype=dtype)
+        self._values = torch.zeros_like(self._keys)
+        self._slots = torch.arange(capacity, device=device)
+        self._end = 0
+        self._rows: Tensor | None = None  # (B, 1), when rows are written at slots of their own
+        self._positions = self._slots[:0]
+
+    def begin(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """Prepare to append ``count`` ids to every row.
+
+        Returns:
+            Their positions, int64 [count] if all rows are equally long, else [B, count]; and the attention mask, bool
+            [1 or B, 1, count, keys], None if everything may be seen.
+
+        Raises:
+            ConfigError: a row would outgrow the capacity.
+        """
+        low, high = min(self.lengths), max(self.lengths)
+        self._end = high + count
+        if self._end > self.capacity:
+            raise ConfigError(f"a row of {high} ids cannot take {count} more: the cache has {self.capacity} slots")
+        if low == high:
+            self._rows, self._positions = None, self._slots[low : self._end]
+            mask = None if count == 1 else (self._slots[: self._end] <= self._positions[:, None])[None, None]
+            return self._positions, mask
+        starts = torch.tensor(self.lengths, device=self._slots.device)
+        self._rows = torch.arange(len(self.lengths), device=self._slots.device)[:, None]
+        self._positions = starts[:, None] + self._slots[:count]
+        return self._positions, (self._slots[: self._end] <= self._positions[..., None])[:, None]
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, heads, count, head_dim] of one layer after ``begin``; returns all that is in use, as views."""
+        all_keys, all_values = self._keys[layer], self._values[layer]
+        if self._rows is None:
+            start = self._end - keys.shape[2]
+            all_keys[:, :, start : self._end] = keys
+            all_values[:, :, start : self._end] = values
+        else:
+            all_keys[self._rows, :, self._positions] = keys.transpose(1, 2)
+            all_values[self._rows, :, self._positions] = values.transpose(1, 2)
+        return all_keys[:, :, : self._end], all_values[:, :, : self._end]
+
+    def advance(self, count: int) -> None:
+        """Every row has grown by ``count`` ids."""
+        self.lengths = [n + count for n in self.lengths]
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first ``lengths[i]`` ids of row i."""
+        self.lengths = list(lengths)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep only these rows, in this order: finished ones need not be computed further."""
+        index = torch.tensor(list(rows), device=self._slots.device)
+        self._keys, self._values = self._keys.index_select(1, index), self._values.index_select(1, index)
+        self.lengths = [self.lengths[r] for r in rows]
