@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 import soundfile
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL import ImageOps, UnidentifiedImageError
 from scipy.signal import firwin, resample_poly
 
 from mmtok.checkpoints import atomic_write
@@ -33,7 +33,7 @@ MAX_PIXELS = 64_000_000
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 64 * 2**20
 MAX_SECONDS = 1800.0
-SAMPLE_RATES = (1_000, 384_000)
+SAMPLE_RATES = (1_000, 192_000)
 MAX_CHANNELS = 64
 
 # Amplitude above which a float file is taken to be badly scaled. Lossy codecs overshoot 1.0 by far less.
@@ -118,6 +118,8 @@ def read_image(path: PathLike, mode: str = "RGB", background: tuple[int, int, in
         raise
     except PILImage.DecompressionBombError as error:
         raise MediaError(f"{path}: more than {MAX_PIXELS} pixels, which is the limit; scale it down") from error
+    except UnidentifiedImageError as error:
+        raise MediaError(f"{path}: damaged or cut short image (its header is not complete)") from error
     except _PIL_ERRORS as error:
         raise MediaError(f"{path}: damaged or cut short image ({_one_line(error)})") from error
     return pixels
@@ -185,11 +187,11 @@ def read_audio(
     if kind != "audio":
         raise MediaError(f"{path}: holds {_NOUN[kind]}, expected audio (wav, flac, ogg, opus, mp3)")
     if sample_rate is not None:
-        _check_rate("sample_rate", sample_rate)
+        check_rate("sample_rate", sample_rate)
     try:
         with soundfile.SoundFile(os.fspath(path)) as file:
             rate, channels, frames = file.samplerate, file.channels, file.frames
-            _check_rate(f"{path}: sample rate", rate)
+            check_rate(f"{path}: sample rate", rate)
             if channels > MAX_CHANNELS:
                 raise MediaError(f"{path}: {channels} channels, the limit is {MAX_CHANNELS}")
             first, last = _frame_range(path, frames, rate, start, end, max_seconds)
@@ -221,7 +223,7 @@ def audio_rate(path: PathLike) -> int:
         rate = soundfile.info(os.fspath(path)).samplerate
     except (soundfile.SoundFileError, OSError, ValueError) as error:
         raise MediaError(f"{path}: damaged or cut short audio ({_one_line(error)})") from error
-    _check_rate(f"{path}: sample rate", rate)
+    check_rate(f"{path}: sample rate", rate)
     return rate
 
 
@@ -234,7 +236,7 @@ def write_audio(path: PathLike, samples: np.ndarray, sample_rate: int) -> None:
         MediaError: another shape or dtype, NaN, or an impossible sample rate.
     """
     check_samples(samples)
-    _check_rate("sample_rate", sample_rate)
+    check_rate("sample_rate", sample_rate)
     integers = np.clip(np.rint(samples.T * 32768.0), -32768, 32767).astype(np.int16)
     buffer = io.BytesIO()
     soundfile.write(buffer, integers, sample_rate, format="WAV", subtype="PCM_16")
@@ -247,8 +249,8 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     The filter is that of resampy's and torchaudio's "kaiser_best". Polyphase filtering (scipy) keeps it small for any
     pair of rates: the dense kernel of torchaudio takes gigabytes for a pair without a common divisor.
     """
-    _check_rate("rate", rate)
-    _check_rate("new_rate", new_rate)
+    check_rate("rate", rate)
+    check_rate("new_rate", new_rate)
     if rate == new_rate or samples.shape[1] == 0:
         return samples
     divisor = math.gcd(rate, new_rate)
@@ -274,6 +276,13 @@ def check_samples(samples: np.ndarray) -> None:
         raise MediaError(f"got samples {samples.dtype} {list(samples.shape)}, expected float32 [C, T] with C >= 1")
     if not np.isfinite(samples).all():
         raise MediaError("samples hold NaN or infinite values, expected -1..1")
+
+
+def check_rate(what: str, rate: int) -> None:
+    """Raise :class:`MediaError` unless ``rate`` is an int within ``SAMPLE_RATES``; ``what`` begins the message."""
+    low, high = SAMPLE_RATES
+    if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not low <= rate <= high:
+        raise MediaError(f"{what} is {rate!r}, expected a whole number of Hz, {low}..{high}")
 
 
 # --- what a file is ---------------------------------------------------------------------------------------------------
@@ -392,12 +401,6 @@ def _to_pil(pixels: np.ndarray) -> PILImage.Image:
 # --- audio ------------------------------------------------------------------------------------------------------------
 
 
-def _check_rate(what: str, rate: int) -> None:
-    low, high = SAMPLE_RATES
-    if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not low <= rate <= high:
-        raise MediaError(f"{what} is {rate!r}, expected a whole number of Hz, {low}..{high}")
-
-
 def _frame_range(
     path: PathLike, frames: int, rate: int, start: float | None, end: float | None, max_seconds: float
 ) -> tuple[int, int]:
@@ -469,7 +472,9 @@ def _check_wav(path: Path, file: io.BufferedReader, size: int) -> None:
         file.seek(length + length % 2, os.SEEK_CUR)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _sinc_filter(factor: int) -> np.ndarray:
     """Low-pass taps at ``factor`` times the rate; cut-off and Kaiser window as in resampy's "kaiser_best"."""
-    return firwin(2 * 64 * factor + 1, 0.9475937167399596 / factor, window=("kaiser", 14.769656459379492))
+    rolloff = 0.9475937167399596
+    half = math.ceil(64 * factor / rolloff)
+    return firwin(2 * half + 1, rolloff / factor, window=("kaiser", 14.769656459379492))
