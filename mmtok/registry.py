@@ -1,0 +1,465 @@
+"""The vocabulary registry: which ids belong to which tokenizer. An immutable value with a canonical JSON form.
+
+``create`` lays out contiguous blocks of ids; ``extend`` appends and never moves an old id; ``split`` and ``merge``
+are the vectorised maps between ids and (block, code); ``remap`` says where the ids of another registry went.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mmtok.blocks import CONTROL, MAX_IDS, check_blocks, is_int, label, lay_out, lineage
+from mmtok.blocks import MODALITIES as MODALITIES
+from mmtok.blocks import Block as Block
+from mmtok.blocks import TokenizerSpec as TokenizerSpec
+from mmtok.errors import VocabularyError, VocabularyMismatchError
+
+FORMAT = 1
+VOCAB_FILE = "vocab.json"
+
+
+@dataclass(frozen=True, eq=False)
+class VocabularyRegistry:
+    """Who owns which ids. Immutable; two registries are equal when their fingerprints are.
+
+    Build one with :meth:`create`, :meth:`extend` or :meth:`from_json`; the constructor checks everything.
+
+    Attributes:
+        blocks: in order of their ids.
+        tokenizers: in the order in which they were added; the first of a modality is its default.
+        revision: 0 when created, one more with each ``extend``.
+        pad_multiple: ``padded_size`` is a multiple of this.
+
+    Raises:
+        VocabularyError: blocks overlap, are out of order, or do not fit the tokenizers.
+    """
+
+    blocks: tuple[Block, ...]
+    tokenizers: tuple[TokenizerSpec, ...]
+    revision: int = 0
+    pad_multiple: int = 64
+
+    @classmethod
+    def create(
+        cls, tokenizers: Sequence[TokenizerSpec], *, max_grid: int = 64, pad_multiple: int = 64
+    ) -> VocabularyRegistry:
+        """Lay out control, text, grid, image and audio blocks, in this order, without gaps.
+
+        Args:
+            tokenizers: any number of each modality.
+            max_grid: the largest image height or width, in codes.
+            pad_multiple: round ``padded_size`` up to a multiple of this.
+
+        Raises:
+            VocabularyError: two tokenizers share a name, or a number is out of range.
+        """
+        if not is_int(max_grid) or max_grid < 1:
+            raise VocabularyError(f"max_grid {max_grid!r}, expected an integer from 1 up")
+        specs = tuple(tokenizers)
+        blocks = lay_out((), specs, specs, CONTROL, "control", int(max_grid))
+        return cls(blocks, specs, 0, int(pad_multiple) if is_int(pad_multiple) else pad_multiple)
+
+    def extend(self, tokenizers: Sequence[TokenizerSpec]) -> VocabularyRegistry:
+        """A new revision with more tokenizers, in which no old id moves.
+
+        A tokenizer whose name is there already grows into the head-room of its blocks: the caller vouches that
+        its old codes keep their meaning. Its earlier fingerprints are kept in ``properties["extends"]``, so that
+        ``remap`` still finds its rows.
+
+        Raises:
+            VocabularyError: a known name with other codebooks, or without the head-room to grow.
+        """
+        old = {t.name: t for t in self.tokenizers}
+        blocks, specs, new = list(self.blocks), list(self.tokenizers), []
+        for spec in tokenizers:
+            if spec.name in old:
+                grown = self._grow(old[spec.name], spec, blocks)
+                specs[specs.index(old[spec.name])] = grown
+                old[spec.name] = grown
+            else:
+                new.append(spec)
+        name = f"control.{self.revision + 1}"
+        blocks = list(lay_out(tuple(blocks), tuple(specs + new), tuple(new), (), name, None))
+        return VocabularyRegistry(tuple(blocks), tuple(specs + new), self.revision + 1, self.pad_multiple)
+
+    def _grow(self, old: TokenizerSpec, new: TokenizerSpec, blocks: list[Block]) -> TokenizerSpec:
+        """Enlarge ``old``'s blocks in place in ``blocks``; the spec that takes its place."""
+        if new.modality != old.modality or len(new.codebook_sizes) != len(old.codebook_sizes):
+            raise VocabularyError(
+                f"tokenizer {new.name!r} is there already with modality {old.modality} and codebooks "
+                f"{old.codebook_sizes}; got {new.modality} and {new.codebook_sizes}: give it another name"
+            )
+        room = []
+        for i, block in enumerate(blocks):
+            if block.tokenizer == new.name:
+                size = new.codebook_sizes[block.codebook]
+                if not block.size <= size <= block.capacity:
+                    raise VocabularyError(
+                        f"block {block.name!r} holds {block.size} codes and can grow to {block.capacity}, got {size}: "
+                        "add the tokenizer under another name, or create a new registry and remap"
+                    )
+                room.append(block.capacity - size)
+                blocks[i] = dataclasses.replace(block, size=size, fingerprint=new.fingerprint)
+        earlier = [f for f in (*lineage(old), *lineage(new)) if f != new.fingerprint]
+        properties = {**new.properties, "extends": list(dict.fromkeys(earlier))} if earlier else new.properties
+        return dataclasses.replace(new, headroom=min(room), properties=properties)
+
+    def __post_init__(self) -> None:
+        if type(self.revision) is not int or self.revision < 0:
+            raise VocabularyError(f"revision {self.revision!r}, expected an integer from 0 up")
+        if type(self.pad_multiple) is not int or not 1 <= self.pad_multiple <= MAX_IDS:
+            raise VocabularyError(f"pad_multiple {self.pad_multiple!r}, expected an integer from 1 to {MAX_IDS}")
+        check_blocks(self.blocks, self.tokenizers)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, VocabularyRegistry) and other.fingerprint == self.fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    # --- sizes and names
+
+    @property
+    def size(self) -> int:
+        """One past the last reserved id: the head-room of the last block is included."""
+        return self.blocks[-1].start + self.blocks[-1].capacity
+
+    @property
+    def padded_size(self) -> int:
+        """``size`` rounded up to ``pad_multiple``: the rows of an embedding table."""
+        return -(-self.size // self.pad_multiple) * self.pad_multiple
+
+    @property
+    def max_grid(self) -> int:
+        """The largest image height or width, in codes."""
+        return self.block("grid").size
+
+    @property
+    def pad(self) -> int:
+        """Id of ``<pad>``."""
+        return self._control["<pad>"]
+
+    @property
+    def bos(self) -> int:
+        """Id of ``<bos>``."""
+        return self._control["<bos>"]
+
+    @property
+    def eos(self) -> int:
+        """Id of ``<eos>``."""
+        return self._control["<eos>"]
+
+    @property
+    def user(self) -> int:
+        """Id of ``<user>``."""
+        return self._control["<user>"]
+
+    @property
+    def assistant(self) -> int:
+        """Id of ``<assistant>``."""
+        return self._control["<assistant>"]
+
+    def control(self, name: str) -> int:
+        """Id of a control token such as ``<image>``.
+
+        Raises:
+            VocabularyError: no such control token.
+        """
+        return self._lookup(self._control, name, "control token")
+
+    def block(self, name: str) -> Block:
+        """The block of this name.
+
+        Raises:
+            VocabularyError: no such block.
+        """
+        return self.blocks[self._lookup({b.name: i for i, b in enumerate(self.blocks)}, name, "block")]
+
+    def blocks_of(self, tokenizer: str) -> tuple[Block, ...]:
+        """The blocks that a tokenizer's codes live in, in codebook order; a modality means its default tokenizer."""
+        name = self.tokenizer(tokenizer).name
+        return tuple(sorted((b for b in self.blocks if b.tokenizer == name), key=lambda b: b.codebook))
+
+    def tokenizer(self, modality_or_name: str) -> TokenizerSpec:
+        """A tokenizer by its name, or the default (first) one of a modality.
+
+        Raises:
+            VocabularyError: neither a name nor a modality that is there.
+        """
+        known: dict[str, TokenizerSpec] = {}
+        for spec in self.tokenizers:
+            known.setdefault(spec.modality, spec)
+        known.update({spec.name: spec for spec in self.tokenizers})
+        return self._lookup(known, modality_or_name, "tokenizer")
+
+    def opening(self, tokenizer: str) -> int:
+        """Control id that opens a segment of this image or audio tokenizer.
+
+        Raises:
+            VocabularyError: unknown, or a text tokenizer: text has no opening.
+        """
+        return self.control(self._bracket(tokenizer)[0])
+
+    def closing(self, tokenizer: str) -> int:
+        """Control id that closes a segment of this image or audio tokenizer; errors as for ``opening``."""
+        return self.control(self._bracket(tokenizer)[1])
+
+    def _bracket(self, tokenizer: str) -> tuple[str, str]:
+        spec = self.tokenizer(tokenizer)
+        if spec.modality == "text":
+            raise VocabularyError(f"{spec.name!r} is a text tokenizer; only image and audio segments open and close")
+        name = label(spec, self.tokenizers)
+        return f"<{name}>", f"</{name}>"
+
+    @staticmethod
+    def _lookup(known: dict[str, Any], name: str, what: str) -> Any:
+        if name not in known:
+            raise VocabularyError(f"no {what} {name!r}; known: {', '.join(known) or 'none'}")
+        return known[name]
+
+    # --- ids <-> (block, code)
+
+    def split(self, ids: Any) -> tuple[Any, Any]:
+        """Ids to (index into ``blocks``, code within the block).
+
+        Args:
+            ids: integers of any shape, numpy, torch or nested lists.
+
+        Returns:
+            Two int64 arrays of the same shape; torch tensors on the same device if ``ids`` is one.
+
+        Raises:
+            VocabularyError: an id that no block uses; the first one is named with its position.
+        """
+        array = integers(ids, "ids")
+        bad = (array < 0) | (array >= self.size)
+        index = self._block_of[np.where(bad, 0, array).astype(np.int64)]
+        bad |= index < 0
+        if bad.any():
+            where = _first(bad)
+            raise VocabularyError(
+                f"position {where}: {self.describe(int(array[bad][0]))}, expected an id that a block uses; "
+                "is this sequence from another vocabulary?"
+            )
+        return _like(ids, index), _like(ids, array.astype(np.int64) - self._starts[index])
+
+    def merge(self, block_index: Any, codes: Any) -> Any:
+        """The inverse of ``split``. The arguments broadcast against each other.
+
+        Args:
+            block_index: integers, each an index into ``blocks``.
+            codes: integers, each within its block's size.
+
+        Returns:
+            int64 ids, as a torch tensor if ``codes`` is one.
+
+        Raises:
+            VocabularyError: an index or a code out of range, with the first position.
+        """
+        index, array = integers(block_index, "block_index"), integers(codes, "codes")
+        try:
+            index, array = np.broadcast_arrays(index, array)
+        except ValueError as error:
+            raise VocabularyError(f"block_index {index.shape} and codes {array.shape} do not broadcast") from error
+        bad = (index < 0) | (index >= len(self.blocks))
+        if bad.any():
+            raise VocabularyError(
+                f"position {_first(bad)}: block index {index[bad][0]}, expected 0..{len(self.blocks) - 1}"
+            )
+        index = index.astype(np.int64)
+        bad = (array < 0) | (array >= self._sizes[index])
+        if bad.any():
+            block = self.blocks[int(index[bad][0])]
+            raise VocabularyError(
+                f"position {_first(bad)}: code {array[bad][0]}, expected 0..{block.size - 1} in block {block.name!r}"
+            )
+        return _like(codes, array.astype(np.int64) + self._starts[index])
+
+    def describe(self, id: int) -> str:
+        """An id in words: ``image code 17``, ``audio level 2 code 5``, ``<bos>``, ``text id 42``, ``unused id 900``."""
+        index = int(self._block_of[id]) if 0 <= id < self.size else -1
+        if index < 0:
+            inside = 0 <= id < self.padded_size
+            return f"unused id {id}" if inside else f"id {id} outside the vocabulary of {self.padded_size}"
+        block = self.blocks[index]
+        code = id - block.start
+        if block.modality == "control":
+            return block.names[code]
+        if block.modality == "grid":
+            return f"grid size {code + 1}"
+        if block.modality == "audio":
+            return f"{block.name.rpartition('.')[0]} level {block.codebook} code {code}"
+        return f"{block.name} {'id' if block.modality == 'text' else 'code'} {code}"
+
+    # --- identity, JSON, comparison
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 of the canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """Canonical JSON: the contents of ``vocab.json``."""
+        value = {
+            "format": FORMAT,
+            "revision": self.revision,
+            "pad_multiple": self.pad_multiple,
+            "blocks": [dataclasses.asdict(b) for b in self.blocks],
+            "tokenizers": [dataclasses.asdict(t) for t in self.tokenizers],
+        }
+        return json.dumps(value, indent=1, sort_keys=True, ensure_ascii=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> VocabularyRegistry:
+        """Read ``to_json``'s text and check it in full.
+
+        Raises:
+            VocabularyError: not JSON, another format, a missing or unknown key, or blocks that do not fit.
+        """
+        try:
+            value = json.loads(text)
+            if value["format"] != FORMAT:
+                raise VocabularyError(f"vocabulary format {value['format']!r}; this mmtok reads format {FORMAT}")
+            blocks = tuple(Block(**{**b, "names": tuple(b["names"])}) for b in value["blocks"])
+            specs = tuple(
+                TokenizerSpec(**{**t, "codebook_sizes": tuple(t["codebook_sizes"])}) for t in value["tokenizers"]
+            )
+            return cls(blocks, specs, value["revision"], value["pad_multiple"])
+        except VocabularyError:
+            raise
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise VocabularyError(
+                f"not a vocabulary ({type(error).__name__}: {error}); expected the text of {VOCAB_FILE}"
+            ) from error
+
+    def diff(self, other: VocabularyRegistry) -> str:
+        """What differs between this registry and another, a line each; empty if they are equal."""
+        lines = []
+        for what, here, there in (
+            ("revision", self.revision, other.revision),
+            ("pad_multiple", self.pad_multiple, other.pad_multiple),
+        ):
+            if here != there:
+                lines.append(f"{what}: {here} here, {there} there")
+        pairs: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
+            ("block", {b.name: b for b in self.blocks}, {b.name: b for b in other.blocks}),
+            ("tokenizer", {t.name: t for t in self.tokenizers}, {t.name: t for t in other.tokenizers}),
+        )
+        for what, mine, theirs in pairs:
+            for name in dict.fromkeys((*mine, *theirs)):
+                if name not in theirs or name not in mine:
+                    lines.append(f"{what} {name}: only {'here' if name in mine else 'there'}")
+                    continue
+                a, b = dataclasses.asdict(mine[name]), dataclasses.asdict(theirs[name])
+                lines += [f"{what} {name}: {k} {_short(a[k])} here, {_short(b[k])} there" for k in a if a[k] != b[k]]
+        if not lines and self != other:
+            lines.append("the order of the tokenizers differs")
+        return "\n".join(lines)
+
+    def remap(self, old: VocabularyRegistry) -> np.ndarray:
+        """Where each id of ``old`` is in this registry.
+
+        Control tokens match by name, grid sizes by value, codes by tokenizer fingerprint (or one that it extends)
+        and codebook.
+
+        Returns:
+            int64 [old.size]: the id here, -1 where there is no counterpart. Row i of a new embedding table comes
+            from row j of the old one where ``remap[j] == i``.
+        """
+        table = np.full(old.size, -1, np.int64)
+        lines = {t.name: lineage(t) for t in self.tokenizers}
+        for block in old.blocks:
+            if block.modality == "control":
+                table[block.start : block.end] = [self._control.get(name, -1) for name in block.names]
+                continue
+            same = [
+                b
+                for b in self.blocks
+                if (b.modality, b.codebook) == (block.modality, block.codebook)
+                and (b.modality == "grid" or block.fingerprint in lines[b.tokenizer])
+            ]
+            if same:
+                target = next((b for b in same if b.tokenizer == block.tokenizer), same[0])
+                n = min(block.size, target.size)
+                table[block.start : block.start + n] = np.arange(target.start, target.start + n)
+        return table
+
+    def check_same(self, other: VocabularyRegistry | str, what: str) -> None:
+        """Raise unless ``other``, a registry or a fingerprint, is this vocabulary.
+
+        Args:
+            what: the thing that carries the other fingerprint, for the message: ``"shard 3 of corpus"``.
+
+        Raises:
+            VocabularyMismatchError: with the difference as far as it is known.
+        """
+        theirs = other if isinstance(other, str) else other.fingerprint
+        if theirs != self.fingerprint:
+            detail = "" if isinstance(other, str) else f":\n{self.diff(other)}"
+            raise VocabularyMismatchError(
+                f"{what} has vocabulary {theirs[:12]}, expected {self.fingerprint[:12]}; "
+                f"encode it again with this vocabulary, or remap its ids{detail}"
+            )
+
+    # --- tables
+
+    @functools.cached_property
+    def _control(self) -> dict[str, int]:
+        return {name: b.start + i for b in self.blocks for i, name in enumerate(b.names)}
+
+    @functools.cached_property
+    def _block_of(self) -> np.ndarray:
+        """int64 [size]: the block index of each id, -1 for an unused one."""
+        table = np.full(self.size, -1, np.int64)
+        for i, block in enumerate(self.blocks):
+            table[block.start : block.end] = i
+        return table
+
+    @functools.cached_property
+    def _starts(self) -> np.ndarray:
+        return np.array([b.start for b in self.blocks], np.int64)
+
+    @functools.cached_property
+    def _sizes(self) -> np.ndarray:
+        return np.array([b.size for b in self.blocks], np.int64)
+
+
+def integers(values: Any, what: str) -> np.ndarray:
+    """A numpy view of numpy, torch or nested-list integers; an empty list is int64.
+
+    Raises:
+        VocabularyError: not a rectangular array of integers.
+    """
+    try:
+        array = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise VocabularyError(f"{what}: expected an array of integers ({error})") from error
+    if array.size == 0 and isinstance(values, list | tuple):
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise VocabularyError(f"{what}: got dtype {array.dtype}, expected integers")
+    return array
+
+
+def _like(source: Any, array: np.ndarray) -> Any:
+    """``array`` as a torch tensor on ``source``'s device if that is one."""
+    return source.long().new_tensor(array) if hasattr(source, "new_tensor") else array
+
+
+def _first(bad: np.ndarray) -> int | tuple[int, ...]:
+    """Position of the first True, as an int in one dimension."""
+    where = tuple(int(x) for x in np.argwhere(bad)[0]) if bad.ndim else (0,)
+    return where[0] if len(where) == 1 else where
+
+
+def _short(value: Any) -> str:
+    """A value for a diff: fingerprints are cut to 12 characters."""
+    return value[:12] if isinstance(value, str) else str(value)
