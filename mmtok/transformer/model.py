@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -24,14 +24,11 @@ from torch.nn import functional as F
 
 from mmtok.checkpoints import WEIGHTS, load_strict, read_checkpoint, save_checkpoint, tensors_to_bytes
 from mmtok.config import Config
-from mmtok.errors import CheckpointError, ConfigError, VocabularyMismatchError
+from mmtok.errors import CheckpointError, ConfigError, VocabularyError, VocabularyMismatchError
+from mmtok.registry import VOCAB_FILE, VocabularyRegistry
 from mmtok.transformer.cache import KVCache
 
-if TYPE_CHECKING:
-    from mmtok.registry import VocabularyRegistry
-
 KIND = "transformer"
-VOCAB = "vocab.json"
 INIT_STD = 0.02
 
 
@@ -314,8 +311,6 @@ class Transformer(nn.Module):
         Raises:
             VocabularyMismatchError: the registry's padded size is not this model's vocab_size.
         """
-        from mmtok.registry import VocabularyRegistry
-
         registry = VocabularyRegistry.from_json(registry_json)
         self._check_size(registry, "this transformer")
         config = {
@@ -326,7 +321,7 @@ class Transformer(nn.Module):
             "mmtok": {"registry": registry.fingerprint},
         }
         weights = tensors_to_bytes({k: v.to(dtype) for k, v in self.state_dict().items()}, {"format": "pt"})
-        files = {WEIGHTS: weights, VOCAB: registry_json.encode()}
+        files = {WEIGHTS: weights, VOCAB_FILE: registry_json.encode()}
         meta = {**(extra or {}), "registry": registry.fingerprint}
         save_checkpoint(path, KIND, json.dumps(config, indent=2) + "\n", files, meta)
 
@@ -342,24 +337,22 @@ class Transformer(nn.Module):
             CheckpointError: missing, damaged, of another kind, or weights that do not fit the config.
             VocabularyMismatchError: the saved vocabulary is not ``registry``, or not the one trained with.
         """
-        from mmtok.registry import VocabularyRegistry
-
         meta, config_json, files, directory = read_checkpoint(path)
         if meta["kind"] != KIND:
             raise CheckpointError(f"{directory} holds a {meta['kind']!r}, expected a {KIND!r}")
-        absent = [name for name in (WEIGHTS, VOCAB) if name not in files]
+        absent = [name for name in (WEIGHTS, VOCAB_FILE) if name not in files]
         if absent:
             raise CheckpointError(f"{directory} lacks {', '.join(absent)}; save or fetch the checkpoint again")
         try:
             model = cls(TransformerConfig.from_hf(json.loads(config_json)))
             state = load_safetensors(files[WEIGHTS])
-            saved = VocabularyRegistry.from_json(files[VOCAB].decode())
-        except (ConfigError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+            saved = VocabularyRegistry.from_json(files[VOCAB_FILE].decode())
+        except (ConfigError, VocabularyError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
             raise CheckpointError(f"{directory}: {error}") from error
         if saved.fingerprint != meta.get("registry"):
             raise VocabularyMismatchError(
-                f"{directory}: {VOCAB} has fingerprint {saved.fingerprint[:12]}..., the weights were trained with "
-                f"{str(meta.get('registry'))[:12]}...; put back the {VOCAB} that the transformer was saved with"
+                f"{directory}: {VOCAB_FILE} has fingerprint {saved.fingerprint[:12]}..., the weights were trained with "
+                f"{str(meta.get('registry'))[:12]}...; put back the {VOCAB_FILE} that the transformer was saved with"
             )
         model._check_size(saved, str(directory))
         if registry is not None:
