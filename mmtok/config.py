@@ -47,6 +47,17 @@ class Config:
         except TypeError as error:
             raise ConfigError(f"{cls.__name__}: {error}") from error
 
+    @classmethod
+    def from_json(cls: type[C], text: str) -> C:
+        """Build from JSON text; raises ConfigError as ``from_dict`` does, and when the text is no JSON object."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{cls.__name__}: not JSON ({error})") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"{cls.__name__}: got {type(values).__name__}, expected a JSON object")
+        return cls.from_dict(values)
+
     def replace(self: C, assignments: list[str]) -> C:
         """A copy with ``key=value`` strings applied; values are read as JSON, else taken as strings."""
         values = self.to_dict()

@@ -1,0 +1,4 @@
+"""Audio codecs."""
+
+from mmtok.audio.codec import SpectralCodec as SpectralCodec
+from mmtok.audio.codec import SpectralCodecConfig as SpectralCodecConfig

@@ -1,0 +1,79 @@
+"""What the trained codecs have in common: config, weights, fingerprint, save and load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from mmtok import checkpoints
+from mmtok.config import Config
+from mmtok.errors import CheckpointError
+
+# Buffers of the EMA codebooks that only training needs: they stay out of the shipped files.
+TRAINING_ONLY = ("cluster_size", "embed_avg")
+
+
+class CodecModel(nn.Module):
+    """Base of the tokenizers that are trained here. A subclass sets the class variables and builds from a config."""
+
+    kind: ClassVar[str]
+    modality: ClassVar[str]
+    config_class: ClassVar[type[Config]]
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over config and weights as they are stored: what the codes mean."""
+        if self._fingerprint is None or self.training:
+            return checkpoints.fingerprint(self.kind, self.config.to_json(), self._files())
+        return self._fingerprint
+
+    def train(self, mode: bool = True) -> Self:
+        """As ``nn.Module.train``; training forgets the fingerprint, because it moves the weights."""
+        if mode:
+            self._fingerprint = None
+        return super().train(mode)
+
+    def _files(self) -> dict[str, bytes]:
+        state = {k: v for k, v in self.state_dict().items() if k.rsplit(".", 1)[-1] not in TRAINING_ONLY}
+        half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
+        return {checkpoints.WEIGHTS: checkpoints.tensors_to_bytes(half)}
+
+    def save(self, path: str | Path) -> None:
+        """Write config.json, model.safetensors (float16) and mmtok.json to a directory, atomically."""
+        checkpoints.save_checkpoint(path, self.kind, self.config.to_json(), self._files())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a directory that ``save`` wrote; the weights are used in float32, in eval mode.
+
+        Raises:
+            CheckpointError: missing, damaged, of another kind, or not fitting its config.
+        """
+        meta, config_json, files, directory = checkpoints.read_checkpoint(path)
+        if meta["kind"] != cls.kind:
+            raise CheckpointError(f"{directory} holds a {meta['kind']!r}, expected a {cls.kind!r}")
+        model = cls(cls.config_class.from_json(config_json))
+        try:
+            state = safetensors.torch.load(files[checkpoints.WEIGHTS])
+        except (KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{directory}: no readable {checkpoints.WEIGHTS} ({error})") from error
+        own = model.state_dict()
+        rest = {k: v for k, v in own.items() if k.rsplit(".", 1)[-1] in TRAINING_ONLY}
+        wide = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        checkpoints.load_strict(model, {**rest, **wide}, str(directory))
+        bad = [k for k, v in wide.items() if not torch.isfinite(v).all()]
+        if bad:
+            raise CheckpointError(f"{directory}: {bad[0]} holds NaN or infinity; the training diverged")
+        model.eval()
+        model._fingerprint = checkpoints.fingerprint(cls.kind, config_json, files)
+        return model

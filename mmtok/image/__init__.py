@@ -1,0 +1,4 @@
+"""Image tokenizers."""
+
+from mmtok.image.vqvae import ImageVQVAE as ImageVQVAE
+from mmtok.image.vqvae import ImageVQVAEConfig as ImageVQVAEConfig

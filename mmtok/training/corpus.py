@@ -1,0 +1,105 @@
+"""What the recipes read: manifests or folders of media, and the splits, fixed by a hash of the path.
+
+A manifest is JSONL, one document a line, paths relative to the manifest:
+
+    {"id": "cow", "split": "train", "segments": [{"type": "text", "text": "a cow"}, {"type": "image", "path": "cow.png"}]}
+
+A folder is read as if every image or sound in it were one document.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmtok.errors import DataError
+
+SUFFIXES = {
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"),
+    "audio": (".wav", ".flac", ".ogg", ".opus", ".mp3"),
+    "text": (".txt", ".md", ".py", ".rst"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One segment of one document: its document's id, split and source, and where its media is."""
+
+    document: str
+    split: str
+    source: str
+    segment: dict[str, Any]
+    root: Path
+
+    @property
+    def path(self) -> Path:
+        """Absolute path of the media file (images and sounds)."""
+        return self.root / str(self.segment["path"])
+
+
+def bucket(key: str) -> int:
+    """The first 32 bits of sha256 of the key: the number that all splits are made from."""
+    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16)
+
+
+def split_of(key: str) -> str:
+    """``test`` for one path in twenty, ``val`` for another, else ``train``; the key has no suffix and no language."""
+    return {0: "test", 1: "val"}.get(bucket(key) % 20, "train")
+
+
+def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
+    """The documents of a JSONL manifest.
+
+    Raises:
+        DataError: the file is missing, or a line is not a document; the message names the line.
+    """
+    try:
+        handle = path.open(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot read the manifest ({error.strerror}); run recipes/prepare.py first?") from error
+    with handle:
+        for number, line in enumerate(handle, 1):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)
+                segments = document["segments"]
+                ok = all(isinstance(s, dict) and (("text" in s) if s["type"] == "text" else ("path" in s)) for s in segments)
+            except (ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path}:{number}: not a document ({error}); expected {{'id', 'segments': [...]}}") from error
+            if not ok:
+                raise DataError(f"{path}:{number}: every segment needs a type, and text or path")
+            document.setdefault("id", f"line-{number}")
+            document.setdefault("split", split_of(str(document["id"])))
+            yield document
+
+
+def items(source: Path, modality: str, split: str) -> list[Item]:
+    """Every segment of one modality in one split of a manifest (a file) or a folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    out: list[Item] = []
+    if source.is_dir():
+        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES[modality]):
+            relative = path.relative_to(source)
+            key = str(relative.with_suffix(""))
+            segment = {"type": modality, "path": str(relative)}
+            if modality == "text":
+                segment["text"] = path.read_text(encoding="utf-8", errors="ignore")
+            out.append(Item(key, split_of(key), source.name, segment, source))
+    else:
+        for document in read_manifest(source):
+            for segment in document["segments"]:
+                if segment["type"] == modality:
+                    kind = str(document.get("source", ""))
+                    out.append(Item(str(document["id"]), str(document["split"]), kind, segment, source.parent))
+    chosen = [x for x in out if x.split == split]
+    if not chosen:
+        raise DataError(f"{source}: no {modality} in split {split!r} ({len(out)} in all splits)")
+    return chosen

@@ -1,0 +1,241 @@
+"""The loop that all recipes share: schedule, bf16, clipping, checkpoints, exact resume, progress, a metrics log.
+
+Everything that the next step depends on is in the checkpoint: weights, buffers, optimizer state, the random
+generator of torch and the step. Batches are drawn from (seed, step), never from a running iterator. A run that was
+killed and resumed therefore continues to the last bit as if it had not been.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from mmtok.checkpoints import atomic_write, load_strict, load_tensors, tensors_to_bytes
+from mmtok.config import Config
+from mmtok.errors import CheckpointError, ConfigError, DataError
+
+STATE = "state.safetensors"
+LOG = "metrics.jsonl"
+
+Metrics = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig(Config):
+    """How long, how fast, how often.
+
+    Attributes:
+        steps: optimizer steps of the whole run.
+        batch_size: examples a step (rows of packed tokens, for the transformer).
+        lr: peak learning rate of AdamW (https://arxiv.org/abs/1711.05101).
+        warmup: steps of linear warm-up; cosine decay to a hundredth of the peak follows.
+        weight_decay: on matrices and kernels, not on vectors.
+        clip: largest gradient norm.
+        bf16: bfloat16 autocast in the forward pass.
+        seed: of initialisation and of the order of the data.
+        eval_every, save_every: in steps.
+        threads: CPU threads; 0 leaves torch's own choice.
+    """
+
+    steps: int = 1000
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup: int = 50
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    bf16: bool = True
+    seed: int = 0
+    eval_every: int = 500
+    save_every: int = 500
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"LoopConfig.{name}: got {getattr(self, name)}, expected at least 1")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of one step."""
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def prepare_torch(config: LoopConfig) -> torch.device:
+    """Seed torch, set the threads, and choose the device: a GPU where there is one."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    _keep_freed_memory()
+    torch.manual_seed(config.seed)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _keep_freed_memory() -> None:
+    """Tell glibc to keep freed blocks: returning them to the kernel at every step costs as much time as the step."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+            libc.mallopt(m_mmap_threshold, 2**30)
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
+            libc.mallopt(m_top_pad, 2**28)
+
+
+def rng(config: LoopConfig, step: int) -> np.random.Generator:
+    """The generator that draws the batch of one step."""
+    return np.random.default_rng((config.seed, step))
+
+
+def optimizer_for(model: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
+    """AdamW (.9, .95) with weight decay on tensors of two and more dimensions only."""
+    named = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in named if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in named if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95))
+
+
+def fit(
+    model: nn.Module,
+    config: LoopConfig,
+    run: Path,
+    loss: Callable[[int], tuple[Tensor, Metrics]],
+    evaluate: Callable[[int], Metrics],
+    description: str,
+) -> None:
+    """Train to ``config.steps``, resuming from ``run`` if a checkpoint is there.
+
+    Args:
+        model: on its device; left in eval mode.
+        config: the schedule; must be the one that the checkpoint was made with.
+        run: directory of the checkpoint and of metrics.jsonl.
+        loss: step -> (scalar loss, metrics to show); must draw its data from ``rng(config, step)`` alone.
+        evaluate: step -> metrics; called in eval mode without gradients, every ``eval_every`` steps and at the end.
+        description: shown before the progress bar.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
+        ConfigError: the checkpoint was made with another schedule.
+        DataError: the loss is not finite.
+    """
+    device = next(model.parameters()).device
+    optimizer = optimizer_for(model, config)
+    run.mkdir(parents=True, exist_ok=True)
+    step = load_state(model, optimizer, config, run)
+    # A run that was killed after logging but before saving has lines from the future: drop them.
+    log = [x for x in _read_log(run / LOG) if x["step"] <= step]
+    atomic_write(run / LOG, "".join(json.dumps(x) + "\n" for x in log).encode())
+    board = _tensorboard(run)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[live]}"), console=console) as progress:
+        bar = progress.add_task(description, total=config.steps, completed=step, live="")
+        started, shown = time.monotonic(), step
+        while step < config.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr_at(step)
+            model.train()
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16):
+                value, live = loss(step)
+            if not torch.isfinite(value):
+                raise DataError(f"step {step}: the loss is {float(value)}; lower lr ({config.lr}) or look for NaN in the data")
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            optimizer.step()
+            step += 1
+            text = " ".join(f"{k} {v:.4g}" for k, v in {**live, "grad": float(norm)}.items())
+            progress.update(bar, completed=step, live=text)
+            last = step == config.steps
+            if step % config.eval_every == 0 or last:
+                model.eval()
+                with torch.no_grad():
+                    metrics = evaluate(step)
+                rate = (step - shown) / max(1e-9, time.monotonic() - started)
+                line = {"step": step, "lr": config.lr_at(step - 1), "steps_per_s": round(rate, 3), **live, **metrics}
+                with (run / LOG).open("a", encoding="utf-8") as f:
+                    f.write(json.dumps(line) + "\n")
+                if board is not None:
+                    for key, number in line.items():
+                        board.add_scalar(key, number, step)
+                console.print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
+                started, shown = time.monotonic(), step
+            if step % config.save_every == 0 or last:
+                save_state(model, optimizer, config, run, step)
+    model.eval()
+
+
+def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopConfig, run: Path, step: int) -> None:
+    """Write everything that the next step depends on, atomically."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    for index, entry in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in entry.items()}
+    tensors["rng"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    meta = {"step": str(step), "config": config.to_json()}
+    atomic_write(run / STATE, tensors_to_bytes(tensors, meta))
+
+
+def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopConfig, run: Path) -> int:
+    """Restore what ``save_state`` wrote; returns the step, 0 where there is no checkpoint."""
+    path = run / STATE
+    if not path.exists():
+        return 0
+    tensors = load_tensors(path)
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as f:
+        meta = f.metadata() or {}
+    if "step" not in meta or "rng" not in tensors:
+        raise CheckpointError(f"{path} is no training state; remove it to start anew")
+    mine, theirs = config.to_dict(), json.loads(meta["config"])
+    free = {"eval_every", "save_every", "threads"}
+    other = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if k not in free and theirs.get(k) != v]
+    if other:
+        raise ConfigError(f"{path} was made with another schedule ({'; '.join(other)}); use the same, or another --out")
+    load_strict(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, str(path))
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    torch.set_rng_state(tensors["rng"])
+    if "rng.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["rng.cuda"])
+    return int(meta["step"])
+
+
+def _read_log(path: Path) -> list[dict[str, float]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    out = []
+    for line in lines:
+        try:
+            out.append(json.loads(line))
+        except json.JSONDecodeError:
+            break  # the line that was being written when the process was killed
+    return out
+
+
+def _tensorboard(run: Path):  # type: ignore[no-untyped-def]
+    """A TensorBoard writer where the package is installed, else None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(run / "tensorboard"))

