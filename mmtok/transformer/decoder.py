@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmtok.errors import ConfigError
+from mmtok.errors import ConfigError, VocabularyMismatchError
+from mmtok.registry import VocabularyRegistry
 from mmtok.transformer.cache import KVCache
 from mmtok.transformer.model import Layer, Transformer
 
@@ -35,12 +36,15 @@ class Decoder:
 
     Attributes:
         config: the transformer's.
-        nbytes: of the weights that one step reads, the output projection included.
+        registry: the transformer's, None if it was not loaded from a checkpoint.
+        body_bytes: of the weights that every step reads: all but embedding and output projection.
+        itemsize: bytes of one weight.
     """
 
     def __init__(self, model: Transformer, dtype: torch.dtype = torch.float32) -> None:
         """Copy the weights of ``model``, to the device that it is on, as ``dtype``."""
         self.config = model.config
+        self.registry = model.registry
         self._heads, self._shared = model.config.num_attention_heads, model.config.num_key_value_heads
         self._embedding = model.model.embed_tokens.weight.detach().to(dtype)
         self._head = self._embedding if model.lm_head is None else model.lm_head.weight.detach().to(dtype)
@@ -49,8 +53,8 @@ class Decoder:
         half = model.config.head_dim // 2
         self._cos = model.cos.to(dtype)  # [P, D]
         self._sin = torch.cat((-model.sin[:, :half], model.sin[:, half:]), -1).to(dtype)
-        tensors = [self._head, self._norm, *(w for layer in self._layers for w in layer)]
-        self.nbytes = sum(w.nbytes for w in tensors)
+        self.body_bytes = sum(w.nbytes for layer in self._layers for w in layer)
+        self.itemsize = dtype.itemsize
 
     def _join(self, layer: Layer, dtype: torch.dtype) -> Weights:
         a, m = layer.self_attn, layer.mlp
@@ -64,6 +68,20 @@ class Decoder:
             m.down_proj.weight,
         )
         return Weights(*(w.detach().to(dtype) for w in joined))
+
+    def check_vocabulary(self, registry: VocabularyRegistry) -> None:
+        """Raise unless the ids of ``registry`` are the ones that this transformer knows.
+
+        Raises:
+            VocabularyMismatchError: another fingerprint, or another size where the weights carry no registry.
+        """
+        if self.registry is not None:
+            registry.check_same(self.registry, "the transformer")
+        elif registry.padded_size != self.config.vocab_size:
+            raise VocabularyMismatchError(
+                f"the transformer has vocab_size {self.config.vocab_size}, the registry has {registry.padded_size} ids "
+                "(padded); use the registry that it was trained with"
+            )
 
     @property
     def device(self) -> torch.device:
