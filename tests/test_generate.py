@@ -1,0 +1,285 @@
+"""Generation: whatever the weights and the settings, what was asked for comes out as a document that decodes."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmtok.errors import ConfigError, SequenceError, VocabularyError, VocabularyMismatchError
+from mmtok.grammar import Grammar
+from mmtok.registry import TokenizerSpec, VocabularyRegistry
+from mmtok.transformer.decoder import Decoder
+from mmtok.transformer.generate import Generation, Request, generate
+from mmtok.transformer.model import Transformer, TransformerConfig
+from mmtok.transformer.sampling import Sampler, Sampling, uniforms
+
+REGISTRY = VocabularyRegistry.create(
+    [
+        TokenizerSpec("words", "text", (60,), "t"),
+        TokenizerSpec("pixels", "image", (32,), "i"),
+        TokenizerSpec("sound", "audio", (16, 16, 16), "a"),
+        TokenizerSpec("sketch", "image", (8,), "s"),
+    ],
+    max_grid=6,
+)
+GRAMMAR = Grammar(REGISTRY)
+MODALITIES = ("text", "image", "audio")
+
+
+def tiny(seed: int = 0, scale: float = 1.0) -> Transformer:
+    torch.manual_seed(seed)
+    config = TransformerConfig(REGISTRY.padded_size, 32, 64, 2, 2, 1, 16, max_position_embeddings=256)
+    model = Transformer(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * scale * torch.randn_like(p))
+    return model
+
+
+MODEL = tiny()
+SEGMENTS = {
+    "text": np.array([REGISTRY.block("text").start + i for i in (5, 9, 1)]),
+    "image": GRAMMAR.segment_ids("pixels", np.arange(6).reshape(2, 3)),
+    "audio": GRAMMAR.segment_ids("sound", np.arange(12).reshape(3, 4)),
+}
+
+
+def prompt(*modalities: str) -> np.ndarray:
+    parts = [SEGMENTS[m] for m in modalities]
+    return np.concatenate([[REGISTRY.bos, REGISTRY.user], *parts, [REGISTRY.assistant]])
+
+
+def answered(generation: Generation, request: Request) -> list[str]:
+    """Check what holds of every answer; the kinds of its segments."""
+    assert generation.ids.dtype == np.int64
+    assert np.array_equal(generation.ids[: generation.prompt_length], request.prompt)
+    new = generation.new_ids
+    assert 0 < len(new) <= request.max_new_tokens
+    assert new[-1] == REGISTRY.eos
+    assert sum(generation.tokens.values()) == len(new)
+    spans = [s for s in GRAMMAR.spans(generation.ids) if s.start >= generation.prompt_length]
+    segments = [s for s in spans if s.kind != "control"]
+    assert [s.name for s in spans if s.kind == "control"] == ["<eos>"]
+    for span in segments:
+        assert GRAMMAR.segment_codes(generation.ids, span).size == np.prod(span.shape)
+        if span.kind == "image" and request.grid:
+            assert span.shape == request.grid
+        if span.kind == "audio" and request.max_frames is not None:
+            assert span.shape[1] <= request.max_frames
+        if span.kind == "audio" and request.targets:
+            assert span.shape[1] >= 1
+    kinds = [s.kind for s in segments]
+    if request.targets:
+        wanted = [REGISTRY.tokenizer(t).modality for t in request.targets]
+        assert kinds == wanted
+        assert all(REGISTRY.tokenizer(t).name == s.tokenizer for t, s in zip(request.targets, segments, strict=True))
+    return kinds
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
+def test_nine_directions_and_combinations_in_one_batch(temperature):
+    requests = [Request(prompt(a), (b,), 40) for a, b in itertools.product(MODALITIES, MODALITIES)]
+    requests += [
+        Request(prompt("text"), ("image", "audio"), 60, grid=(2, 2), max_frames=3),
+        Request(prompt("image", "text"), ("text", "image", "text", "audio", "text"), 50),
+        Request(prompt("audio"), ("audio", "image", "sketch", "image"), 60),
+        Request(prompt(), ("text",), 2),
+        Request(prompt("text", "image", "audio"), (), 30),
+        Request(np.array([REGISTRY.bos]), (), 1),
+    ]
+    for request, generation in zip(requests, generate(MODEL, GRAMMAR, requests, Sampling(temperature)), strict=True):
+        answered(generation, request)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    scale=st.sampled_from([0.0, 1.0, 10.0, float("nan")]),
+    temperature=st.sampled_from([0.0, 0.7, 1.0, 5.0]),
+    asked=st.lists(
+        st.tuples(
+            st.lists(st.sampled_from(MODALITIES), max_size=3),
+            st.integers(0, 12),
+            st.none() | st.tuples(st.integers(1, 3), st.integers(1, 6)),
+            st.none() | st.integers(1, 4),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+)
+def test_every_answer_decodes_and_fits_even_with_no_room_to_spare(seed, scale, temperature, asked):
+    requests = []
+    for targets, spare, grid, frames in asked:
+        targets = [t for i, t in enumerate(targets) if t != "text" or targets[i - 1 : i] != ["text"]]
+        area = grid[0] * grid[1] if grid else 1
+        least = 1 + sum({"text": 1, "image": 4 + area, "audio": 5}[t] for t in targets)
+        requests.append(Request(prompt("text"), tuple(targets), least + spare, grid, frames))
+    model = tiny(seed % 3, scale)
+    for request, generation in zip(
+        requests, generate(model, GRAMMAR, requests, Sampling(temperature), seed), strict=True
+    ):
+        answered(generation, request)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(1.0), Sampling(1.5, top_k=5), Sampling(1.0, top_p=0.8)])
+def test_a_row_does_not_depend_on_the_batch(sampling):
+    requests = [
+        Request(prompt("text"), ("image",), 40, grid=(3, 4)),
+        Request(prompt("image", "audio"), ("audio",), 60, sample=3),
+        Request(prompt(), ("text", "image"), 50),
+        Request(prompt("audio", "text"), (), 45, sample=1),
+        Request(prompt("text"), ("text",), 12, sample=2),
+    ]
+    together = generate(MODEL, GRAMMAR, requests, sampling, seed=11)
+    decoder = Decoder(MODEL)
+    for request, expected in zip(requests, together, strict=True):
+        (alone,) = generate(decoder, GRAMMAR, [request], sampling, seed=11)
+        assert np.array_equal(alone.ids, expected.ids)
+
+
+def test_seed_and_sample_number_give_the_chance():
+    request = Request(prompt("text"), ("image",), 40, grid=(3, 3))
+    again = [generate(MODEL, GRAMMAR, [request], seed=s)[0].ids.tolist() for s in (1, 1, 2)]
+    assert again[0] == again[1] != again[2]
+    several = [Request(prompt("text"), ("image",), 40, grid=(3, 3), sample=i) for i in range(4)]
+    assert len({g.ids.tobytes() for g in generate(MODEL, GRAMMAR, several, seed=1)}) == 4
+
+
+def test_greedy_is_the_best_allowed_id_of_the_plain_model():
+    request = Request(prompt("text", "audio"), ("image",), 40, grid=(2, 3))
+    (generation,) = generate(MODEL, GRAMMAR, [request], Sampling(0.0))
+    with torch.no_grad():
+        logits = MODEL(torch.from_numpy(generation.ids)[None])[0]
+    block = REGISTRY.block("image")
+    start = generation.prompt_length + 3  # after <image> and its size
+    for position in range(start, start + 6):
+        best = block.start + int(logits[position - 1, block.start : block.end].argmax())
+        assert generation.ids[position] == best
+
+
+def test_every_token_is_reported_once_and_in_order():
+    requests = [Request(prompt("text"), ("image",), 30), Request(prompt(), ("text",), 5, sample=1)]
+    seen: list[list[int]] = [[], []]
+    results = generate(MODEL, GRAMMAR, requests, on_token=lambda row, id: seen[row].append(id))
+    assert [g.new_ids.tolist() for g in results] == seen
+    stats = results[0].stats
+    assert stats is results[1].stats
+    assert stats.new_tokens == sum(map(len, seen))
+    assert stats.prompt_tokens == sum(len(r.prompt) for r in requests)
+    assert stats.tokens_per_second > 0
+    assert "tok/s" in str(stats)
+    assert results[0].tokens["image"] == results[0].tokens["grid"] * 0 + len(seen[0]) - 5
+
+
+def test_ids_without_a_choice_do_not_run_the_model():
+    request = Request(prompt("text"), ("image",), 40, grid=(2, 3))
+    stats = generate(MODEL, GRAMMAR, [request])[0].stats
+    assert stats.new_tokens == 6 + 5
+    assert stats.steps == 6 - 1  # one a code; the first is the prefill
+
+
+def test_bfloat16_and_no_requests():
+    request = Request(prompt("image"), ("text", "audio"), 30)
+    (generation,) = generate(Decoder(MODEL, torch.bfloat16), GRAMMAR, [request])
+    answered(generation, request)
+    assert generate(MODEL, GRAMMAR, []) == []
+
+
+@pytest.mark.parametrize(
+    ("request_", "error", "words"),
+    [
+        (Request(prompt(), ("image",), 10, grid=(3, 3)), ConfigError, "14"),
+        (Request(prompt(), (), 0), ConfigError, "at least 1"),
+        (Request(prompt(), ("text", "text"), 10), ConfigError, "in a row"),
+        (Request(prompt(), ("video",), 10), VocabularyError, "video"),
+        (Request(prompt(), ("image",), 99, grid=(7, 1)), VocabularyError, "7"),
+        (Request(prompt(), ("text",), 1000), ConfigError, "256"),
+        (Request(prompt()[1:], ("text",), 10), SequenceError, "<bos>"),
+        (Request(prompt("image")[:6], ("text",), 10), SequenceError, "between segments"),
+        (Request(np.array([], np.int64), ("text",), 10), SequenceError, "position 0"),
+        (Request(np.array([REGISTRY.bos, REGISTRY.eos]), (), 10), SequenceError, "position 2"),
+        (Request(np.array([REGISTRY.bos, 10**6]), ("text",), 10), (VocabularyError, SequenceError), "1000000"),
+        (Request(np.array([1.5]), ("text",), 10), (VocabularyError, SequenceError), "float"),
+    ],
+)
+def test_impossible_requests_are_refused_with_the_reason(request_, error, words):
+    with pytest.raises(error, match=words):
+        generate(MODEL, GRAMMAR, [request_])
+
+
+def test_a_transformer_of_another_vocabulary_is_refused(tmp_path):
+    other = VocabularyRegistry.create([TokenizerSpec("words", "text", (60,), "t")], max_grid=6)
+    with pytest.raises(VocabularyMismatchError, match="vocab_size"):
+        generate(Transformer(TransformerConfig(REGISTRY.padded_size + 64, 32, 64, 1, 2, 1, 16)), GRAMMAR, [Request(prompt())])
+    MODEL.save(tmp_path / "m", REGISTRY.to_json())
+    with pytest.raises(VocabularyMismatchError, match="pixels"):
+        generate(Transformer.load(tmp_path / "m"), Grammar(other), [Request(np.array([other.bos]))])
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [({"temperature": -1.0}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 0.0}, "top_p")],
+)
+def test_impossible_settings_are_refused(values, words):
+    with pytest.raises(ConfigError, match=words):
+        Sampling(**values)
+    with pytest.raises(ConfigError, match="video"):
+        Sampler({"video": Sampling()})
+
+
+def draw(logits: torch.Tensor, sampler: Sampler, n: int = 40000) -> np.ndarray:
+    """Frequencies of n draws from one row of logits in which everything but id 0 is allowed."""
+    rows = logits.expand(n, -1)
+    mask = torch.ones_like(rows, dtype=torch.bool)
+    mask[:, 0] = False
+    ids = sampler(rows, mask, torch.zeros(n, dtype=torch.int64), uniforms(5, [0], n)[0])
+    return np.bincount(ids.numpy(), minlength=logits.shape[-1]) / n
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([9.0, 1.0, 0.0, -1.0, 0.5, -30.0])
+    for temperature in (0.5, 1.0, 3.0):
+        expected = torch.softmax(logits[1:] / temperature, -1).numpy()
+        got = draw(logits, Sampler(Sampling(temperature)))
+        assert got[0] == 0
+        assert np.abs(got[1:] - expected).max() < 0.01
+    # of 0.486, 0.295, 0.179, 0.041 top-p 0.7 needs two and top-k 3 three
+    for sampling, kept in ((Sampling(top_k=3), [1, 2, 4]), (Sampling(top_p=0.7), [1, 4]), (Sampling(0.0), [1])):
+        got = draw(logits, Sampler(sampling))
+        expected = torch.softmax(logits[kept], -1).numpy()
+        assert np.flatnonzero(got).tolist() == kept
+        assert np.abs(got[kept] - expected).max() < 0.01
+
+
+def test_settings_are_of_the_modality_of_the_row():
+    sampler = Sampler({"text": Sampling(0.0), "image": Sampling(100.0), "audio": Sampling(1.0, top_k=1)})
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).expand(300, -1)
+    modality = torch.arange(300) % 3
+    ids = sampler(logits, torch.ones_like(logits, dtype=torch.bool), modality, uniforms(1, [0], 300)[0])
+    best = int(logits[0].argmax())
+    assert set(ids[modality == 0].tolist()) == set(ids[modality == 2].tolist()) == {best}
+    assert len(set(ids[modality == 1].tolist())) > 30
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    values=st.lists(st.floats(width=32) | st.just(0.0), min_size=2, max_size=12),
+    data=st.data(),
+    temperature=st.sampled_from([0.0, 1e-9, 1.0, 1e9]),
+    u=st.sampled_from([0.0, 0.5, float(np.float32(1 - 2**-24))]),
+)
+def test_only_allowed_ids_are_chosen_whatever_the_scores(values, data, temperature, u):
+    mask = torch.tensor([data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))])
+    mask[0, data.draw(st.integers(0, len(values) - 1))] = True
+    sampling = Sampling(temperature, top_k=data.draw(st.integers(0, 3)), top_p=data.draw(st.sampled_from([1e-9, 0.5, 1])))
+    row = torch.zeros(1, dtype=torch.int64)
+    (chosen,) = Sampler(sampling)(torch.tensor([values]), mask, row, torch.tensor([u])).tolist()
+    assert mask[0, chosen]
