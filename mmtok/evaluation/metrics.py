@@ -1,0 +1,160 @@
+"""How close a reconstruction is, and how much of a codebook is used. All functions are pure and work row by row.
+
+SSIM and MS-SSIM are those of :mod:`mmtok.training.ssim`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import numpy as np
+import pystoi
+import torch
+import torchaudio
+from torch import Tensor
+
+from mmtok.errors import MediaError, VocabularyError
+from mmtok.training.ssim import ms_ssim as ms_ssim
+from mmtok.training.ssim import ssim as ssim
+
+
+def psnr(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
+    """Peak signal-to-noise ratio of each pair, in dB; infinite for equal ones.
+
+    Args:
+        x, y: float [B, ...] of one shape, over a range of ``data_range`` (1 for 0..1, 2 for -1..1).
+
+    Returns:
+        float [B].
+    """
+    _check_pair(x, y)
+    error = (x - y).flatten(1).pow(2).mean(dim=1)
+    return 10 * torch.log10(data_range**2 / error)
+
+
+def log_mel_distance(
+    x: Tensor,
+    y: Tensor,
+    sample_rate: int,
+    mels: int = 80,
+    window: int = 1024,
+    hop: int = 256,
+    floor: float = 1e-5,
+    unit: str = "dB",
+) -> Tensor:
+    """Mean absolute difference of log-mel magnitude spectra of each pair.
+
+    Args:
+        x, y: float [B, C, T] of one shape, T >= 1; channels are averaged first.
+        sample_rate: Hz; the mel bands reach from 0 to half of it.
+        mels: mel bands (Slaney scale and norm).
+        window, hop: samples; Hann window.
+        floor: magnitudes below it count as it.
+        unit: "dB" (20 log10) or "nat" (natural logarithm); 1 nat is 8.686 dB.
+
+    Returns:
+        float [B]; 0 for equal signals.
+    """
+    _check_pair(x, y)
+    if x.dim() != 3 or x.shape[-1] == 0:
+        raise MediaError(f"got audio {list(x.shape)}, expected [B, C, T] with T >= 1")
+    if unit not in ("dB", "nat"):
+        raise MediaError(f"got unit {unit!r}, expected 'dB' or 'nat'")
+    banks = torchaudio.functional.melscale_fbanks(
+        window // 2 + 1, 0.0, sample_rate / 2, mels, sample_rate, norm="slaney", mel_scale="slaney"
+    ).to(x)
+    taper = torch.hann_window(window).to(x)
+
+    def log_mel(z: Tensor) -> Tensor:
+        # Zeros around: reflection is impossible for sounds shorter than half a window.
+        padded = torch.nn.functional.pad(z.mean(dim=1), (window // 2, window // 2))
+        spectrum = torch.stft(padded, window, hop, window=taper, center=False, return_complex=True).abs()
+        return torch.log((spectrum.transpose(1, 2) @ banks).clamp_min(floor))
+
+    distance = (log_mel(x) - log_mel(y)).abs().mean(dim=(1, 2))
+    return distance * (20 / math.log(10)) if unit == "dB" else distance
+
+
+def stoi(reference: Tensor, estimate: Tensor, sample_rate: int) -> Tensor:
+    """Short-time objective intelligibility of each pair, through pystoi, which resamples to 10 kHz.
+
+    Taal, Hendriks, Heusdens, Jensen: An algorithm for intelligibility prediction of time-frequency weighted noisy
+    speech, IEEE TASL 2011.
+
+    Args:
+        reference, estimate: float [B, C, T] of one shape; channels are averaged first.
+        sample_rate: Hz.
+
+    Returns:
+        float64 [B], about 0..1. NaN where less than 30 frames (.4 s) of the reference are not silent: such a pair
+        has no STOI, and pystoi's own 1e-5 would pull a mean down.
+    """
+    _check_pair(reference, estimate)
+    if reference.dim() != 3:
+        raise MediaError(f"got audio {list(reference.shape)}, expected [B, C, T]")
+    a, b = (z.mean(dim=1).detach().cpu().double().numpy() for z in (reference, estimate))
+    return torch.tensor([_stoi(p, q, sample_rate) for p, q in zip(a, b, strict=True)], dtype=torch.float64)
+
+
+def code_histogram(codes: Tensor, codebook_size: int) -> Tensor:
+    """How often each code occurs: int64 [codebook_size]. Histograms of batches add up.
+
+    Args:
+        codes: integers of any shape, 0..codebook_size - 1.
+
+    Raises:
+        VocabularyError: not integers, or a code out of range.
+    """
+    if codes.is_floating_point() or codes.dtype == torch.bool:
+        raise VocabularyError(f"got codes {codes.dtype}, expected integers")
+    flat = codes.flatten().long()
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= codebook_size):
+        raise VocabularyError(f"got codes {int(flat.min())}..{int(flat.max())}, expected 0..{codebook_size - 1}")
+    return torch.bincount(flat, minlength=codebook_size)
+
+
+def codebook_usage(histogram: Tensor) -> float:
+    """Share of the codes that occur at all, 0..1, of a histogram [codebook_size]."""
+    _check_histogram(histogram)
+    return float((histogram > 0).double().mean())
+
+
+def perplexity(histogram: Tensor) -> float:
+    """2 ** :func:`entropy_bits`, 1..codebook_size: how many codes, used equally often, would carry as much."""
+    return 2.0 ** entropy_bits(histogram)
+
+
+def entropy_bits(histogram: Tensor) -> float:
+    """Entropy of the codes in bits a code, 0..log2(codebook_size), of a histogram [codebook_size].
+
+    Raises:
+        VocabularyError: no code was counted.
+    """
+    _check_histogram(histogram)
+    share = histogram.double() / histogram.sum()
+    return float(-torch.special.xlogy(share, share).sum() / math.log(2)) + 0.0
+
+
+def _check_pair(x: Tensor, y: Tensor) -> None:
+    if x.shape != y.shape or not x.is_floating_point() or not y.is_floating_point() or x.dim() < 2:
+        raise MediaError(
+            f"got {x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}, expected two float [B, ...] of one shape"
+        )
+
+
+def _check_histogram(histogram: Tensor) -> None:
+    if histogram.dim() != 1 or bool((histogram < 0).any()) or not histogram.sum() > 0:
+        raise VocabularyError(f"got a histogram {list(histogram.shape)} without counts, expected [codebook_size]")
+
+
+def _stoi(reference: np.ndarray, estimate: np.ndarray, sample_rate: int) -> float:
+    if len(reference) < sample_rate * 0.4 or not reference.any():
+        return math.nan
+    with warnings.catch_warnings():
+        # pystoi warns and returns 1e-5 when too little of the reference is louder than silence.
+        warnings.simplefilter("error", RuntimeWarning)
+        try:
+            return float(pystoi.stoi(reference, estimate, sample_rate))
+        except RuntimeWarning:
+            return math.nan
