@@ -104,7 +104,7 @@ def read_image(path: PathLike, mode: str = "RGB", background: tuple[int, int, in
         raise MediaError(f"{path}: {size} bytes, the limit for an image file is {MAX_IMAGE_BYTES}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # refused below, by our own limit
             with PILImage.open(path, formats=_IMAGE_FORMATS) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
