@@ -60,9 +60,12 @@ class Sampler:
             raise ConfigError(f"got sampling settings for {unknown[0]!r}, expected {', '.join(MODALITIES)}")
         rows = [settings.get(m, Sampling()) for m in MODALITIES]
         self._greedy = all(r.temperature == 0 for r in rows)
-        self._filtered = any(r.temperature > 0 and (r.top_k or r.top_p < 1) for r in rows)
+        filtered = [r.temperature > 0 and (r.top_k > 0 or r.top_p < 1) for r in rows]
+        limits = [r.top_k or torch.iinfo(torch.int64).max for r in rows]
+        self._width = max((k for k, f in zip(limits, filtered, strict=True) if f), default=0)  # how many to rank
+        self._filtered = torch.tensor(filtered, device=device)
         self._temperature = torch.tensor([r.temperature for r in rows], dtype=torch.float64, device=device)
-        self._top_k = torch.tensor([r.top_k or torch.iinfo(torch.int64).max for r in rows], device=device)
+        self._top_k = torch.tensor(limits, device=device)
         self._top_p = torch.tensor([r.top_p for r in rows], dtype=torch.float64, device=device)
 
     def __call__(self, logits: Tensor, mask: Tensor, modality: Tensor, uniform: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ class Sampler:
             return best
         temperature = self._temperature[modality]
         probs = torch.softmax((scores - scores.amax(-1, True)) / temperature.clamp(min=1e-6)[:, None], -1)
-        if self._filtered:
+        if self._width:
             probs = self._filter(probs, modality)
         cumulative = probs.cumsum(-1)
         # A single-precision u < 1 times the double total stays below it, so the first sum beyond is of a possible id.
@@ -93,11 +96,11 @@ class Sampler:
 
     def _filter(self, probs: Tensor, modality: Tensor) -> Tensor:
         """Zero what top-k and top-p leave out. Equal probabilities stay or go together."""
-        ranked = probs.sort(-1, descending=True).values
-        rank = torch.arange(probs.shape[-1], device=probs.device)
+        ranked = probs.topk(min(self._width, probs.shape[-1])).values  # best first
+        rank = torch.arange(ranked.shape[-1], device=probs.device)
         kept = (rank < self._top_k[modality][:, None]) & (ranked.cumsum(-1) - ranked < self._top_p[modality][:, None])
         kept[:, 0] = True
-        threshold = ranked.masked_fill(~kept, 2.0).amin(-1, True)
+        threshold = ranked.masked_fill(~kept, 2.0).amin(-1, True) * self._filtered[modality][:, None]
         return torch.where(probs >= threshold, probs, 0.0)
 
 
