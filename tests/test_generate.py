@@ -192,10 +192,14 @@ def test_ids_without_a_choice_do_not_run_the_model():
     assert stats.steps == 6 - 1  # one a code; the first is the prefill
 
 
-def test_bfloat16_and_no_requests():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_lower_precision(dtype):
     request = Request(prompt("image"), ("text", "audio"), 30)
-    (generation,) = generate(Decoder(MODEL, torch.bfloat16), GRAMMAR, [request])
-    answered(generation, request)
+    for generation in generate(Decoder(MODEL, dtype), GRAMMAR, [request] * 6):
+        answered(generation, request)
+
+
+def test_no_requests():
     assert generate(MODEL, GRAMMAR, []) == []
 
 

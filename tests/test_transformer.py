@@ -200,6 +200,21 @@ def test_decoder_is_the_transformer(changes):
             assert (decoder.logits(hidden, slice(7, 30)).float() - expected[..., 7:30]).abs().max() < tolerance
 
 
+@pytest.mark.parametrize("rows", [1, 6])
+def test_int8_is_the_transformer_with_rounded_matrices(rows):
+    model = tiny(hidden_size=64, num_key_value_heads=4)
+    ids = random_ids(model, rows, 10)
+    decoder = Decoder(model, torch.int8)
+    cache = decoder.new_cache(rows, 10)
+    hidden = torch.cat([decoder.hidden(part, cache) for part in ids.split([7, 1, 1, 1], dim=1)], 1)
+    got = torch.cat([decoder.logits(hidden[:, i], slice(3, 90))[:, None] for i in range(10)], 1).float()
+    expected = model(ids).detach()[..., 3:90]
+    assert (got - expected).norm() / expected.norm() < 0.04
+    assert decoder.body_bytes < 0.27 * Decoder(model).body_bytes
+    with pytest.raises(ConfigError, match="multiples of 32, got 48"):
+        Decoder(tiny(), torch.int8)
+
+
 def test_too_long_is_refused():
     model = tiny()
     with pytest.raises(ConfigError, match="65 ids"):

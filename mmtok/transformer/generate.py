@@ -191,7 +191,7 @@ class Plan:
                 raise SequenceError(end, f"the end of the prompt of request {i}", "a prompt that ends between segments")
         self.rows = Rows(
             state=state,
-            limits=grammar.restrict([_restriction(registry, r) for r in requests]),
+            limits=grammar.restrict([_restriction(registry, r) for r in requests], device),
             left=put([r.max_new_tokens for r in requests]),
             stage=torch.zeros(count, dtype=torch.int64, device=device),
             begun=torch.zeros(count, dtype=torch.bool, device=device),
