@@ -539,23 +539,29 @@ def test_restrictions_are_checked(small: Grammar) -> None:
 
 
 class NoSync(TorchDispatchMode):
-    """Fails on what would make the host wait for a GPU."""
+    """Fails on what would make the host wait for a GPU: reading a tensor, or copying host values to it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "is_nonzero", "equal"), func
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "lift_fresh")
+        assert func.overloadpacket.__name__ not in waits, func
         return func(*args, **(kwargs or {}))
 
 
 def test_steps_never_wait_for_the_device(small: Grammar) -> None:
     compiled = small.restrict([Restriction(grid=(2, 2), min_frames=1), None])
-    state, budget = small.initial(2), torch.tensor([30, 9])
-    with NoSync():
-        for _ in range(12):
-            mask = small.mask(state, budget, compiled)
-            state = small.advance(state, mask.long().argmax(-1))
-            budget = budget - 1
-            small.modality(state)
-    assert not state.failed.any()
+    start, budget = small.initial(2), torch.tensor([30, 9])
+    small.mask(start)  # compiles the free restriction
+    for limits in (compiled, None):
+        state = start
+        with NoSync():
+            for i in range(12):
+                mask = small.mask(state, budget - i, limits)
+                state = small.advance(state, mask.long().argmax(-1))
+                small.modality(state)
+                small.needed(state, limits)
+        assert not state.failed.any()
+    with NoSync(), pytest.raises(AssertionError):
+        small.restrict([None])
 
 
 @pytest.mark.gpu
@@ -570,12 +576,13 @@ def test_a_gpu_gives_the_same_masks_without_a_sync(small: Grammar) -> None:
         noise = torch.rand(masks[-1].shape, generator=generator)
         ids.append(noise.masked_fill(~masks[-1], -1).argmax(-1))
         host = small.advance(host, ids[-1])
-    small.mask(state, device_budget, compiled)  # copies the tables
+    small.mask(state)  # copies the tables
     there, on_device = [], [x.cuda() for x in ids]
     torch.cuda.set_sync_debug_mode("error")
     try:
         for i in range(30):
             there.append(small.mask(state, device_budget - i, compiled))
+            small.mask(state)
             state = small.advance(state, on_device[i])
     finally:
         torch.cuda.set_sync_debug_mode("default")
