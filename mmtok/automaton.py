@@ -117,7 +117,7 @@ class Automaton:
         self._brackets = tuple(self.states.brackets.values())
         self._grid = slice(registry.block("grid").start, registry.block("grid").end)
         self._tables = {torch.device("cpu"): self._compile()}
-        self._free: dict[torch.device, Restrictions] = {}  # no restriction, compiled once a device
+        self._unrestricted: dict[torch.device, Restrictions] = {}  # no restriction, compiled once a device
 
     def _compile(self) -> _Tables:
         states, size = self.states, self.registry.padded_size
@@ -288,9 +288,9 @@ class Automaton:
         device: torch.device,
     ) -> Restrictions:
         if restrict is None:
-            if device not in self._free:
-                self._free[device] = self.restrict([None], device)
-            return self._free[device]
+            if device not in self._unrestricted:
+                self._unrestricted[device] = self.restrict([None], device)
+            return self._unrestricted[device]
         if not isinstance(restrict, Restrictions):
             restrict = self.restrict(restrict, device)
         if len(restrict.text) not in (1, batch):
