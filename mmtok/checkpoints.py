@@ -133,6 +133,23 @@ def bundled_directory() -> Path:
     return inside if inside.is_dir() else Path(__file__).resolve().parent.parent / "pretrained"
 
 
+def read_meta(path: str | Path) -> dict[str, Any]:
+    """mmtok.json of a checkpoint directory or of a bundled checkpoint.
+
+    Raises:
+        CheckpointError: missing, damaged or of another format.
+    """
+    directory = resolve(path)
+    try:
+        meta = json.loads((directory / META).read_text(encoding="utf-8"))
+        files, kind, version = dict(meta["sha256"]), meta["kind"], meta["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory / META} is damaged ({error}); save or fetch the checkpoint again") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{directory} ({kind}) has format {version}; this mmtok reads format {FORMAT}")
+    return {**meta, "sha256": files}
+
+
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], str, dict[str, bytes], Path]:
     """Read and check a checkpoint directory.
 
@@ -143,16 +160,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], str, dict[str, by
         CheckpointError: missing, of another format, or a file whose sha256 is not the recorded one.
     """
     directory = resolve(path)
-    try:
-        meta = json.loads((directory / META).read_text(encoding="utf-8"))
-        listed = dict(meta["sha256"])
-        kind, version = meta["kind"], meta["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory / META} is damaged ({error}); save or fetch the checkpoint again") from error
-    if version != FORMAT:
-        raise CheckpointError(f"{directory} ({kind}) has format {version}; this mmtok reads format {FORMAT}")
+    meta = read_meta(path)
     contents: dict[str, bytes] = {}
-    for name, digest in listed.items():
+    for name, digest in meta["sha256"].items():
         file = directory / name
         if Path(name).name != name or not file.is_file():
             raise CheckpointError(f"{file} is missing; save or fetch the checkpoint again")

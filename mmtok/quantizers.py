@@ -103,4 +103,4 @@ class Quantizer(nn.Module):
 
     def codebooks(self) -> list[Tensor]:
         """The codebooks, float32 [codebook_size, codebook_dim] each."""
-        return [level._codebook.embed[0].float() for level in self.levels]
+        return [level._codebook.embed[0].float() for level in self.levels]  # type: ignore[union-attr,index]

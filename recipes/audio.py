@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="override the schedule")
     parser.add_argument("--model", nargs="*", default=[], metavar="key=value", help="override the model's shape")
     args = parser.parse_args()
-    config = LoopConfig(steps=3800, batch_size=32, lr=8e-4, warmup=100, eval_every=500, save_every=500).replace(args.set)
+    config = LoopConfig(steps=3800, batch_size=32, lr=8e-4, warmup=100, eval_every=500, save_every=500).replace(
+        args.set
+    )
     shape = SpectralCodecConfig().replace(args.model)
     device = prepare_torch(config)
 
@@ -95,7 +98,7 @@ def main() -> None:
     val_samples, val_offsets, _ = load_audio(chosen, shape.sample_rate, cache)
     val = [
         torch.from_numpy(val_samples[a:b].astype(np.float32) / 32768)[None, None]
-        for a, b in zip(val_offsets, val_offsets[1:], strict=False)
+        for a, b in itertools.pairwise(val_offsets)
     ]
 
     model = SpectralCodec(shape, vectors_per_batch=config.batch_size * CROP).to(device)
@@ -128,7 +131,9 @@ def main() -> None:
                 if x.shape[-1] > shape.sample_rate * 0.45:
                     scores.append(stoi(x[0, 0].numpy(), y[0, 0].numpy(), shape.sample_rate))
                 if i < 4:
-                    media.write_audio(args.out / "samples" / f"{step:06}-{levels}-{i}.wav", y[0].numpy(), shape.sample_rate)
+                    media.write_audio(
+                        args.out / "samples" / f"{step:06}-{levels}-{i}.wav", y[0].numpy(), shape.sample_rate
+                    )
                     media.write_audio(args.out / "samples" / f"original-{i}.wav", x[0].numpy(), shape.sample_rate)
             out |= {f"val_stoi_{levels}": float(np.mean(scores)), f"val_loss_{levels}": float(np.mean(distances))}
         out["val_usage_first"] = float((counts[0] > 0).float().mean())

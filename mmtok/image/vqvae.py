@@ -45,7 +45,9 @@ class ImageVQVAEConfig(Config):
             if value < 1 or value & (value - 1):
                 raise ConfigError(f"ImageVQVAEConfig.{name}: got {value}, expected a power of two")
         if self.patch > self.downsample:
-            raise ConfigError(f"ImageVQVAEConfig.patch: got {self.patch}, expected at most downsample, {self.downsample}")
+            raise ConfigError(
+                f"ImageVQVAEConfig.patch: got {self.patch}, expected at most downsample, {self.downsample}"
+            )
 
 
 class ChannelNorm(nn.Module):
@@ -106,7 +108,7 @@ class ImageVQVAE(CodecModel):
         )  # fmt: skip
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass. ``pixels`` float [B, 3, H, W] in -1..1 -> (reconstruction, codes [B, h, w], commitment loss)."""
+        """Training pass: float [B, 3, H, W] in -1..1 -> (reconstruction, codes [B, h, w], commitment loss)."""
         z = self.encoder(pixels)
         b, d, h, w = z.shape
         q, codes, loss = self.quantizer(z.permute(0, 2, 3, 1).reshape(b, h * w, d))
@@ -136,7 +138,9 @@ class ImageVQVAE(CodecModel):
             raise MediaError(f"got {pixels.dtype} {list(pixels.shape)}, expected uint8 [B, 3, H, W]")
         b, _, height, width = pixels.shape
         if not height or not width or height % f or width % f:
-            raise MediaError(f"got an image of {height}x{width}, expected multiples of {f} pixels: resize or pad it first")
+            raise MediaError(
+                f"got an image of {height}x{width}, expected multiples of {f} pixels: resize or pad it first"
+            )
         rows = []
         for row in pixels.split(1):
             z = self.encoder(row.to(self.quantizer.project_in.weight.dtype) / 127.5 - 1)
@@ -153,7 +157,7 @@ class ImageVQVAE(CodecModel):
         """
         if codes.dtype != torch.int64 or codes.ndim != 3:
             raise VocabularyError(f"got codes {codes.dtype} {list(codes.shape)}, expected int64 [B, h, w]")
-        b, h, w = codes.shape
+        _, h, w = codes.shape
         out = [
             self.decoder(self.quantizer.decode(row.reshape(1, h * w, 1)).reshape(1, h, w, -1).permute(0, 3, 1, 2))
             for row in codes.split(1)

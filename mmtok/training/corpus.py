@@ -2,7 +2,8 @@
 
 A manifest is JSONL, one document a line, paths relative to the manifest:
 
-    {"id": "cow", "split": "train", "segments": [{"type": "text", "text": "a cow"}, {"type": "image", "path": "cow.png"}]}
+    {"id": "cow", "split": "train",
+     "segments": [{"type": "text", "text": "a cow"}, {"type": "image", "path": "cow.png"}]}
 
 A folder is read as if every image or sound in it were one document.
 """
@@ -60,7 +61,9 @@ def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
     try:
         handle = path.open(encoding="utf-8")
     except OSError as error:
-        raise DataError(f"{path}: cannot read the manifest ({error.strerror}); run recipes/prepare.py first?") from error
+        raise DataError(
+            f"{path}: cannot read the manifest ({error.strerror}); run recipes/prepare.py first?"
+        ) from error
     with handle:
         for number, line in enumerate(handle, 1):
             if not line.strip():
@@ -68,9 +71,13 @@ def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 document = json.loads(line)
                 segments = document["segments"]
-                ok = all(isinstance(s, dict) and (("text" in s) if s["type"] == "text" else ("path" in s)) for s in segments)
+                ok = all(
+                    isinstance(s, dict) and (("text" in s) if s["type"] == "text" else ("path" in s)) for s in segments
+                )
             except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path}:{number}: not a document ({error}); expected {{'id', 'segments': [...]}}") from error
+                raise DataError(
+                    f"{path}:{number}: not a document ({error}); expected {{'id', 'segments': [...]}}"
+                ) from error
             if not ok:
                 raise DataError(f"{path}:{number}: every segment needs a type, and text or path")
             document.setdefault("id", f"line-{number}")

@@ -20,7 +20,10 @@ from mmtok.training.corpus import Item
 
 
 def load_images(items: Sequence[Item], size: int, cache: Path) -> np.ndarray:
-    """Images fitted into a square on white: uint8 [N, 3, size, size]. Files that cannot be read are reported and left out."""
+    """Images fitted into a square on white: uint8 [N, 3, size, size].
+
+    Files that cannot be read are reported and left out.
+    """
 
     def decode(item: Item) -> np.ndarray:
         return media.fit_image(media.read_image(item.path), size)

@@ -121,7 +121,8 @@ def fit(
 
     Args:
         model: on its device; left in eval mode.
-        config: the schedule; must be the one that the checkpoint was made with.
+        config: the schedule; must be the one that the checkpoint was made with, but for ``steps``, the intervals
+            and the threads.
         run: directory of the checkpoint and of metrics.jsonl.
         loss: step -> (scalar loss, metrics to show); must draw its data from ``rng(config, step)`` alone.
         evaluate: step -> metrics; called in eval mode without gradients, every ``eval_every`` steps and at the end.
@@ -141,7 +142,13 @@ def fit(
     atomic_write(run / LOG, "".join(json.dumps(x) + "\n" for x in log).encode())
     board = _tensorboard(run)
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, TextColumn("{task.fields[live]}"), console=console) as progress:
         bar = progress.add_task(description, total=config.steps, completed=step, live="")
         started, shown = time.monotonic(), step
@@ -152,7 +159,9 @@ def fit(
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16):
                 value, live = loss(step)
             if not torch.isfinite(value):
-                raise DataError(f"step {step}: the loss is {float(value)}; lower lr ({config.lr}) or look for NaN in the data")
+                raise DataError(
+                    f"step {step}: the loss is {float(value)}; lower lr ({config.lr}) or look for NaN in the data"
+                )
             optimizer.zero_grad(set_to_none=True)
             value.backward()
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
@@ -204,7 +213,7 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopC
     if "step" not in meta or "rng" not in tensors:
         raise CheckpointError(f"{path} is no training state; remove it to start anew")
     mine, theirs = config.to_dict(), json.loads(meta["config"])
-    free = {"eval_every", "save_every", "threads"}
+    free = {"steps", "eval_every", "save_every", "threads"}  # a run may be shortened or extended on purpose
     other = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if k not in free and theirs.get(k) != v]
     if other:
         raise ConfigError(f"{path} was made with another schedule ({'; '.join(other)}); use the same, or another --out")

@@ -1,0 +1,40 @@
+"""The command ``mmtok``. Exit codes: 0 done, 2 bad input (one clear line), 1 anything else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from mmtok.cli import generate, roundtrip
+from mmtok.errors import MmtokError
+
+app = typer.Typer(
+    help="One vocabulary for text, images and audio.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("generate", no_args_is_help=True)(generate.generate)
+app.command("roundtrip", no_args_is_help=True)(roundtrip.roundtrip)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit.
+
+    Args:
+        arguments: without the program's name; None takes them from ``sys.argv``.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(args=arguments, prog_name="mmtok", obj=arguments)  # wrong usage exits here, with 2
+    except MmtokError as error:
+        sys.exit(_complain(str(error), 2))
+    except OSError as error:
+        sys.exit(_complain(f"{error.filename or 'the system'}: {error.strerror or error}", 1))
+
+
+def _complain(text: str, code: int) -> int:
+    print("mmtok: " + " ".join(text.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,210 @@
+"""``mmtok generate``: any of text, images and audio in, any of them out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mmtok import media
+from mmtok.checkpoints import atomic_write
+from mmtok.documents import Audio, Image, Text, Turn, load_segment, save_document
+from mmtok.errors import ConfigError, MediaError
+from mmtok.multimodal import MultimodalTokenizer, Segment
+from mmtok.transformer.generate import Generation, Request, Sampling
+from mmtok.transformer.generate import generate as run_model
+from mmtok.transformer.model import Transformer
+
+
+class Modality(StrEnum):
+    """What can be asked for with --to."""
+
+    text = "text"
+    image = "image"
+    audio = "audio"
+
+
+IMAGE_SIZE = 64  # pixels of the pictures that the bundled model was trained on
+
+
+def generate(
+    context: typer.Context,
+    text: Annotated[list[str] | None, typer.Option(help="Text of the question; may be given several times.")] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file; may be given several times.")] = None,
+    audio: Annotated[list[Path] | None, typer.Option(help="Audio file; may be given several times.")] = None,
+    to: Annotated[
+        list[Modality] | None, typer.Option(help="What to answer with, in order; default: the model chooses.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory for the answer.")] = Path("samples"),
+    model: Annotated[str, typer.Option(help="Checkpoint directory, or the name of a bundled one.")] = "any-to-any",
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of every modality; default: 0 for text, 0.4 for the rest.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most ids of the answer.")] = 1200,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
+) -> None:
+    """Generate any modality from any other with the reference transformer.
+
+    The parts of the question keep the order in which they are given. Leaves the pictures, sounds and texts of question
+    and answer, ids.json, listing.jsonl and report.json in the output directory.
+
+    Example: mmtok generate --text "a cow" --to image --to audio --out samples
+    """
+    question = _question(context.obj or [], text or [], image or [], audio or [])
+    torch.set_num_threads(1)  # a step of so small a model is too short to share
+    tokenizer = MultimodalTokenizer.load(model)
+    transformer = Transformer.load(model, tokenizer.registry)
+    fitted = [tokenizer.fit(x, IMAGE_SIZE) for x in question]
+    request = Request(tokenizer.prompt(fitted), tuple(m.value for m in to or []), max_tokens)
+    answer = run_model(transformer, tokenizer.grammar, [request], sampling_of(temperature), seed)[0]
+    report = {
+        "model": model,
+        "vocabulary": tokenizer.registry.fingerprint,
+        "seed": seed,
+        "temperature": temperature,
+        **write_answer(tokenizer, answer, out),
+    }
+    atomic_write(out / "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+    else:
+        _show(report, out)
+
+
+def sampling_of(temperature: float | None) -> dict[str, Sampling]:
+    """Sampling of each modality; None takes the defaults that suit the bundled model."""
+    defaults = {"text": 0.0, "image": 0.4, "audio": 0.4}
+    return {m: Sampling(temperature=t if temperature is None else temperature) for m, t in defaults.items()}
+
+
+def write_answer(tokenizer: MultimodalTokenizer, answer: Generation, out: Path) -> dict[str, Any]:
+    """Decode an answer, write its media, ids and listing, and check each output.
+
+    Returns:
+        The report: segments with their files and checks, tokens of each modality, speed.
+    """
+    document = tokenizer.decode(answer.ids)
+    listing = tokenizer.grammar.listing(answer.ids)
+    paths = iter(save_document(document, out))
+    spans = [
+        s for s in tokenizer.grammar.spans(answer.ids) if s.kind != "control" or s.name in ("<user>", "<assistant>")
+    ]
+    segments: list[dict[str, Any]] = []
+    role = "user"
+    for segment, span in zip(document.segments, spans, strict=True):
+        if isinstance(segment, Turn):
+            role = segment.role
+            continue
+        path = next(paths)
+        entry: dict[str, Any] = {
+            "role": role,
+            "modality": type(segment).__name__.lower(),
+            "file": path.name,
+            "tokens": span.end - span.start,
+        }
+        if isinstance(segment, Text):
+            entry["text"] = segment.text
+        elif isinstance(segment, Image):
+            entry["pixels"] = list(segment.pixels.shape[1:])
+        elif isinstance(segment, Audio):
+            entry["seconds"] = round(segment.seconds, 3)
+        ids = answer.ids[span.start : span.end]
+        entry["check"] = _check(tokenizer, segment, ids, listing[span.start : span.end], path)
+        segments.append(entry)
+    atomic_write(out / "ids.json", _json({"vocabulary": tokenizer.registry.fingerprint, "ids": answer.ids.tolist()}))
+    atomic_write(out / "listing.jsonl", b"".join(_json(row) for row in listing))
+    stats = answer.stats
+    return {
+        "segments": segments,
+        "tokens": {k: v for k, v in answer.tokens.items() if v},
+        "new_tokens": len(answer.new_ids),
+        "prompt_tokens": answer.prompt_length,
+        "tokens_per_second": round(stats.tokens_per_second, 1),
+        "prefill_seconds": round(stats.prefill_seconds, 3),
+        "decode_seconds": round(stats.decode_seconds, 3),
+        "weights_gb_per_second": round(stats.weight_bytes / max(stats.decode_seconds, 1e-9) / 1e9, 2),
+        "gflop_per_second": round(stats.flops / max(stats.decode_seconds, 1e-9) / 1e9, 2),
+        "files": sorted(p.name for p in out.iterdir() if p.is_file() and p.name != "report.json"),
+    }
+
+
+def _check(
+    tokenizer: MultimodalTokenizer, segment: Segment, ids: np.ndarray, rows: list[dict[str, Any]], path: Path
+) -> dict[str, Any]:
+    """ids -> media -> file and ids -> listing -> ids, and how many codes survive a second encoding."""
+    from_listing = np.array([row["id"] for row in rows])
+    codes = tokenizer.codes(segment)  # type: ignore[arg-type]
+    again = tokenizer.grammar.segment_ids(type(segment).__name__.lower(), codes)
+    kept = float((again == ids).mean()) if len(again) == len(ids) else 0.0
+    if isinstance(segment, Text):
+        same = media.read_text(path) == segment.text
+    elif isinstance(segment, Image):
+        same = bool(np.array_equal(media.read_image(path), segment.pixels))
+    elif isinstance(segment, Audio) and segment.samples.shape[1]:
+        same = bool(np.abs(media.read_audio(path, segment.sample_rate) - segment.samples).max() < 1 / 16384)
+    else:
+        same = path.is_file()
+    return {
+        "decodes": True,  # strict decoding has passed, or there were an error and no report
+        "listing_gives_the_ids": bool(np.array_equal(from_listing, ids)),
+        "file_gives_the_media": same,
+        "ids_kept_by_encoding_again": round(kept, 4),
+    }
+
+
+def _question(arguments: Sequence[str], text: list[str], image: list[Path], audio: list[Path]) -> list[Segment]:
+    """The parts of the question, read, in the order of the command line."""
+    if not (text or image or audio):
+        raise ConfigError("nothing to answer: give at least one of --text, --image and --audio")
+    values: dict[str, list[Any]] = {"text": list(text), "image": list(image), "audio": list(audio)}
+    readers = {"text": Text, "image": _load_as(Image), "audio": _load_as(Audio)}
+    order, skip = [], False
+    for argument in arguments:
+        name = argument.partition("=")[0].removeprefix("--")
+        if skip:
+            skip = False
+        elif argument.startswith("--") and name in values:
+            order.append(name)
+            skip = "=" not in argument
+    counts = {m: order.count(m) for m in values}
+    if counts != {m: len(v) for m, v in values.items()}:  # called without a command line: by modality
+        order = [m for m in values for _ in values[m]]
+    return [readers[m](values[m].pop(0)) for m in order]
+
+
+def _load_as(kind: type) -> Any:
+    def load(path: Path) -> Segment:
+        segment = load_segment(path)
+        if not isinstance(segment, kind):
+            raise MediaError(f"{path}: got {type(segment).__name__.lower()}, expected {kind.__name__.lower()}")
+        return segment
+
+    return load
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, ensure_ascii=False) + "\n").encode()
+
+
+def _show(report: dict[str, Any], out: Path) -> None:
+    table = Table("role", "modality", "file", "tokens", "what", "checks", title=f"written to {out}")
+    for s in report["segments"]:
+        what = s.get("text") or (f"{s['seconds']} s" if "seconds" in s else "x".join(map(str, s.get("pixels", []))))
+        fine = all(v for v in s["check"].values() if isinstance(v, bool))
+        table.add_row(s["role"], s["modality"], s["file"], str(s["tokens"]), what[:60], "ok" if fine else "FAILED")
+    console = Console()
+    console.print(table)
+    console.print(
+        f"{report['new_tokens']} tokens, {report['tokens_per_second']} tok/s, "
+        f"{report['weights_gb_per_second']} GB/s of weights, {report['gflop_per_second']} GFLOP/s",
+        highlight=False,
+    )

@@ -1,0 +1,88 @@
+"""What a tokenizer does to one text, picture or recording: tokens, bits and how close it comes back."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmtok import media
+from mmtok.documents import Audio, Image, Text
+from mmtok.errors import MediaError
+from mmtok.evaluation.metrics import log_mel_distance, psnr, ssim, stoi
+
+
+def roundtrip_text(tokenizer: Any, segment: Text) -> tuple[Text, dict[str, Any]]:
+    """Through a text tokenizer: tokens, bits, bytes per token, and whether the text is the same (it must be)."""
+    codes = tokenizer.encode([segment.text])[0]
+    back = tokenizer.decode([codes])[0]
+    size = len(segment.text.encode())
+    figures = {
+        **_bits(len(codes), tokenizer.codebook_sizes),
+        "bytes": size,
+        "bytes_per_token": round(size / max(1, len(codes)), 3),
+        "identity": back == segment.text,
+    }
+    return Text(back), figures
+
+
+def roundtrip_image(tokenizer: Any, segment: Image) -> tuple[Image, dict[str, Any]]:
+    """Through an image tokenizer: tokens, bits, bits per pixel, PSNR in dB and SSIM.
+
+    Sides that are no multiple of the downsample factor are padded with their last row and column and cut back after.
+    PSNR is None for an exact copy, SSIM is None for sides below 11 pixels.
+    """
+    factor = int(tokenizer.properties["downsample"])
+    height, width = segment.pixels.shape[1:]
+    padded = np.pad(segment.pixels, ((0, 0), (0, -height % factor), (0, -width % factor)), mode="edge")
+    codes = tokenizer.encode(torch.from_numpy(padded)[None])
+    back = tokenizer.decode(codes)[0, :, :height, :width].numpy()
+    x, y = (torch.from_numpy(np.ascontiguousarray(a))[None].float() / 255 for a in (segment.pixels, back))
+    level = float(psnr(x, y)[0])
+    bits = _bits(codes.numel(), tokenizer.codebook_sizes)
+    figures = {
+        **bits,
+        "height": height,
+        "width": width,
+        "bits_per_pixel": round(bits["bits"] / (height * width), 4),
+        "psnr_db": round(level, 2) if math.isfinite(level) else None,
+        "ssim": round(float(ssim(x, y)[0]), 4) if min(height, width) >= 11 else None,
+    }
+    return Image(np.ascontiguousarray(back)), figures
+
+
+def roundtrip_audio(tokenizer: Any, segment: Audio, levels: int | None = None) -> tuple[Audio, dict[str, Any]]:
+    """Through an audio codec, at its sample rate and in mono: tokens, bits, kb/s, STOI and log-mel distance in dB.
+
+    STOI is None where it is not defined: below about 0.4 s of sound.
+
+    Args:
+        tokenizer: the codec.
+        segment: any rate and channels.
+        levels: use only the first so many codebooks.
+    """
+    if not segment.samples.shape[1]:
+        raise MediaError("got an empty recording, expected at least one sample")
+    rate = int(tokenizer.properties["sample_rate"])
+    mono = media.resample(segment.samples.mean(0, keepdims=True), segment.sample_rate, rate)
+    x = torch.from_numpy(np.ascontiguousarray(mono, np.float32))[None]
+    codes = tokenizer.encode(x) if levels is None else tokenizer.encode(x, levels)
+    y = tokenizer.decode(codes, x.shape[-1])
+    bits = _bits(codes.shape[-1] * codes.shape[-2], tokenizer.codebook_sizes)
+    score = float(stoi(x, y, rate)[0])
+    figures = {
+        **bits,
+        "seconds": round(x.shape[-1] / rate, 3),
+        "codebooks": codes.shape[-2],
+        "kilobits_per_second": round(bits["bits"] / (x.shape[-1] / rate) / 1000, 3),
+        "stoi": round(score, 4) if math.isfinite(score) else None,
+        "log_mel_distance_db": round(float(log_mel_distance(x, y, rate)[0]), 2),
+    }
+    return Audio(y[0].numpy(), rate), figures
+
+
+def _bits(tokens: int, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Nominal bits: every token as long as the logarithm of its codebook."""
+    return {"tokens": tokens, "bits": round(tokens * math.log2(sizes[0]), 1)}

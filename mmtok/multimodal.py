@@ -1,0 +1,195 @@
+"""MultimodalTokenizer: documents of text, images and audio <-> ids of one vocabulary.
+
+It joins a registry (who owns which ids), the tokenizers that the registry names, and the grammar. Every tokenizer's
+fingerprint is checked against the registry, so that ids never meet a codec that did not make them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mmtok import media
+from mmtok.checkpoints import META, resolve
+from mmtok.documents import Audio, Document, Image, Text, Turn
+from mmtok.errors import CheckpointError, MediaError, VocabularyError, VocabularyMismatchError
+from mmtok.grammar import Grammar, Span
+from mmtok.loading import load
+from mmtok.registry import VOCAB_FILE, TokenizerSpec, VocabularyRegistry
+
+Segment = Text | Image | Audio | Turn
+
+
+def spec_of(name: str, tokenizer: Any, levels: int | None = None) -> TokenizerSpec:
+    """What a registry needs to know of a tokenizer.
+
+    Args:
+        name: under which it will be found again: the name of its checkpoint directory.
+        tokenizer: any object with the tokenizer protocol.
+        levels: for residual codecs, use only the first so many codebooks.
+
+    Raises:
+        VocabularyError: more levels than the tokenizer has.
+    """
+    sizes = tuple(tokenizer.codebook_sizes)
+    if levels is not None and not 1 <= levels <= len(sizes):
+        raise VocabularyError(f"{name}: got {levels} levels, expected 1 to {len(sizes)}")
+    return TokenizerSpec(name, tokenizer.modality, sizes[:levels], tokenizer.fingerprint, 0, dict(tokenizer.properties))
+
+
+class MultimodalTokenizer:
+    """Encode documents to ids and decode ids to documents.
+
+    Args:
+        registry: the vocabulary.
+        tokenizers: name -> tokenizer, one for each that the registry names.
+
+    Raises:
+        VocabularyMismatchError: a tokenizer is missing or has another fingerprint than the registry recorded.
+    """
+
+    def __init__(self, registry: VocabularyRegistry, tokenizers: Mapping[str, Any]) -> None:
+        self.registry = registry
+        self.grammar = Grammar(registry)
+        self.tokenizers = dict(tokenizers)
+        for spec in registry.tokenizers:
+            if spec.name not in self.tokenizers:
+                raise VocabularyMismatchError(
+                    f"the vocabulary needs the tokenizer {spec.name!r} ({spec.modality}); "
+                    f"got {', '.join(tokenizers) or 'none'}"
+                )
+            have = self.tokenizers[spec.name].fingerprint
+            if have != spec.fingerprint:
+                raise VocabularyMismatchError(
+                    f"tokenizer {spec.name!r} has fingerprint {have[:12]}..., the vocabulary was made with "
+                    f"{spec.fingerprint[:12]}...: its codes mean something else. Load the checkpoint that the "
+                    "vocabulary was made with, or create a new vocabulary and train anew"
+                )
+
+    @classmethod
+    def create(
+        cls, tokenizers: Mapping[str, Any], *, audio_levels: int | None = None, max_grid: int = 64
+    ) -> MultimodalTokenizer:
+        """A new vocabulary over these tokenizers.
+
+        Args:
+            tokenizers: name -> tokenizer; the first of a modality is its default.
+            audio_levels: use only the first so many levels of residual audio codecs; None for all.
+            max_grid: largest image height or width, in codes.
+        """
+        specs = [spec_of(n, t, audio_levels if t.modality == "audio" else None) for n, t in tokenizers.items()]
+        return cls(VocabularyRegistry.create(specs, max_grid=max_grid), tokenizers)
+
+    @classmethod
+    def load(cls, path: str | Path) -> MultimodalTokenizer:
+        """The vocabulary of a checkpoint directory (its vocab.json) with the tokenizers that it names.
+
+        A tokenizer is looked for in the directory, beside it, and among the bundled ones, by its name.
+
+        Raises:
+            CheckpointError: no vocab.json, or a tokenizer cannot be found.
+            VocabularyMismatchError: a tokenizer was found but is another one.
+        """
+        directory = resolve(path) if not (Path(path) / VOCAB_FILE).is_file() else Path(path)
+        try:
+            registry = VocabularyRegistry.from_json((directory / VOCAB_FILE).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise CheckpointError(f"{directory} has no readable {VOCAB_FILE} ({error.strerror})") from error
+        found = {}
+        for spec in registry.tokenizers:
+            near = (directory / spec.name, directory.parent / spec.name)
+            found[spec.name] = load(next((p for p in near if (p / META).is_file()), spec.name))
+        return cls(registry, found)
+
+    # --- encode
+
+    def encode(self, document: Document) -> np.ndarray:
+        """Ids of a whole document, int64 [n], from <bos> to <eos>.
+
+        Audio is mixed to mono and resampled to its codec's rate; images must be a multiple of their tokenizer's
+        downsample factor (``fit`` brings any image there).
+
+        Raises:
+            MediaError: an image of another size; text with a lone surrogate.
+            VocabularyError: an image with more codes on a side than the vocabulary's grid.
+        """
+        r = self.registry
+        return np.concatenate([[r.bos], self._segments(document.segments), [r.eos]]).astype(np.int64)
+
+    def prompt(self, segments: Sequence[Segment]) -> np.ndarray:
+        """A user turn and the start of the answer: ``<bos> <user> segments <assistant>``, int64 [n]."""
+        r = self.registry
+        return np.concatenate([[r.bos, r.user], self._segments(segments), [r.assistant]]).astype(np.int64)
+
+    def codes(self, segment: Text | Image | Audio) -> np.ndarray:
+        """Codes of one segment with its modality's default tokenizer: text [n], image [h, w], audio [K, F]; int64."""
+        match segment:
+            case Text(text):
+                return self._tokenizer("text").encode([text])[0]
+            case Image(pixels):
+                return self._tokenizer("image").encode(torch.from_numpy(pixels.copy())[None])[0].numpy()
+            case Audio(samples, rate):
+                spec = self.registry.tokenizer("audio")
+                mono = media.resample(samples.mean(0, keepdims=True), rate, int(spec.properties["sample_rate"]))
+                x = torch.from_numpy(np.ascontiguousarray(mono, np.float32))[None]
+                codec = self._tokenizer("audio")
+                if len(spec.codebook_sizes) < len(codec.codebook_sizes):
+                    return codec.encode(x, levels=len(spec.codebook_sizes))[0].numpy()
+                return codec.encode(x)[0].numpy()
+
+    def fit(self, segment: Segment, image_size: int | None = None) -> Segment:
+        """The segment as ``encode`` takes it: an image is fitted into a square of ``image_size`` pixels on white, or,
+        without one, cropped at the right and bottom to a multiple of the downsample factor."""
+        if not isinstance(segment, Image):
+            return segment
+        if image_size is not None:
+            return Image(media.fit_image(segment.pixels, image_size))
+        factor = int(self.registry.tokenizer("image").properties["downsample"])
+        height, width = (n - n % factor for n in segment.pixels.shape[1:])
+        if not height or not width:
+            raise MediaError(
+                f"got an image of {list(segment.pixels.shape[1:])} pixels, expected at least {factor} a side"
+            )
+        return Image(np.ascontiguousarray(segment.pixels[:, :height, :width]))
+
+    def _segments(self, segments: Sequence[Segment]) -> np.ndarray:
+        parts = [np.zeros(0, np.int64)]
+        for segment in segments:
+            if isinstance(segment, Turn):
+                parts.append(np.array([self.registry.control(f"<{segment.role}>")]))
+            else:
+                modality = type(segment).__name__.lower()
+                parts.append(self.grammar.segment_ids(modality, self.codes(segment)))
+        return np.concatenate(parts)
+
+    # --- decode
+
+    def decode(self, ids: Any) -> Document:
+        """The document of a whole id sequence; strict: nothing is repaired or dropped.
+
+        Text that is not UTF-8, which only sampled ids can give, has U+FFFD in the place of the bad bytes.
+
+        Raises:
+            SequenceError: the ids break the grammar; position, got and expected are named.
+        """
+        return Document(tuple(x for span in self.grammar.spans(ids) if (x := self.decode_span(ids, span)) is not None))
+
+    def decode_span(self, ids: Any, span: Span) -> Segment | None:
+        """The segment of one span; None for control tokens that are no turn."""
+        if span.kind == "control":
+            return Turn(span.name.strip("<>")) if span.name in ("<user>", "<assistant>") else None
+        codes = self.grammar.segment_codes(ids, span)
+        tokenizer = self.tokenizers[span.tokenizer]
+        if span.kind == "text":
+            return Text(tokenizer.decode([codes])[0])
+        x = tokenizer.decode(torch.from_numpy(codes)[None])[0].numpy()
+        if span.kind == "image":
+            return Image(x)
+        return Audio(x, int(self.registry.tokenizer(span.tokenizer).properties["sample_rate"]))
+
+    def _tokenizer(self, modality: str) -> Any:
+        return self.tokenizers[self.registry.tokenizer(modality).name]

@@ -1,0 +1,82 @@
+"""The loss of the reference transformer: cross-entropy among the ids that the grammar lets compete.
+
+After ``<audio>`` and whole frames only the first codebook and ``</audio>`` can follow; within a frame only the next
+codebook; within a picture only its codes. Scoring just those columns is what masked sampling does too, and it saves
+most of the output projection.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmtok.grammar import Grammar
+from mmtok.transformer.model import Transformer
+from mmtok.transformer.packing import attention_mask
+
+
+class SequenceLoss:
+    """Mean cross-entropy over chosen targets of packed sequences.
+
+    Args:
+        grammar: of the model's registry.
+    """
+
+    def __init__(self, grammar: Grammar) -> None:
+        registry = grammar.registry
+        self.free = torch.from_numpy(grammar.loss_mask(np.arange(registry.padded_size)))
+        self.names: list[str] = ["text"]
+        self.columns: list[Tensor] = [
+            torch.cat(
+                [
+                    torch.arange(b.start, b.start + b.size)
+                    for b in registry.blocks
+                    if b.modality in ("control", "text", "grid")
+                ]
+            )
+        ]
+        self.group = torch.zeros(registry.padded_size, dtype=torch.int64)
+        for block in registry.blocks:
+            if block.modality not in ("image", "audio"):
+                continue
+            columns = torch.arange(block.start, block.start + block.size)
+            if block.modality == "audio" and block.codebook == 0:  # a new frame, or the end
+                columns = torch.cat([columns, torch.tensor([registry.closing(block.tokenizer)])])
+            self.group[columns] = len(self.columns)
+            self.names.append(block.name)
+            self.columns.append(columns)
+        self.place = torch.full((len(self.columns), registry.padded_size), -1, dtype=torch.int64)
+        for i, columns in enumerate(self.columns):
+            self.place[i, columns] = torch.arange(len(columns))
+
+    def __call__(
+        self, model: Transformer, ids: Tensor, document: Tensor, positions: Tensor, answer: Tensor
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Loss of a packed batch.
+
+        Args:
+            model: the transformer.
+            ids, document, positions: int64 [B, T], as ``packing.pack`` gives them.
+            answer: bool [B, T], True for the ids that are to be learnt.
+
+        Returns:
+            (mean loss in nats over all chosen targets, mean loss of each group by name).
+        """
+        hidden = model.hidden(ids[:, :-1], positions[:, :-1], attention_mask(document[:, :-1]))
+        target = ids[:, 1:]
+        wanted = answer[:, 1:] & (document[:, 1:] == document[:, :-1]) & self.free.to(ids.device)[target]
+        hidden, target = hidden[wanted], target[wanted]
+        group = self.group.to(ids.device)[target]
+        total, parts = hidden.new_zeros((), dtype=torch.float32), {}
+        for i, (name, columns) in enumerate(zip(self.names, self.columns, strict=True)):
+            chosen = group == i
+            count = int(chosen.sum())
+            if count:
+                scores = F.linear(hidden[chosen], model.head_weight[columns.to(ids.device)])
+                place = self.place[i].to(ids.device)[target[chosen]]
+                loss = F.cross_entropy(scores.float(), place, reduction="sum")
+                parts[name] = loss.item() / count
+                total = total + loss
+        return total / max(1, len(target)), parts
