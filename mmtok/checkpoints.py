@@ -46,8 +46,14 @@ def fingerprint(kind: str, config_json: str, files: Mapping[str, bytes]) -> str:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """A temporary sibling directory that takes the place of ``path`` if the block succeeds, else vanishes."""
-    target = Path(path)
+    """A temporary sibling directory that takes the place of ``path`` if the block succeeds, else vanishes.
+
+    Raises:
+        CheckpointError: a file is there.
+    """
+    target = Path(path).resolve()  # through links, and "." has a parent
+    if target.exists() and not target.is_dir():
+        raise CheckpointError(f"{path} is a file; expected a directory, or a name that is free")
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -55,7 +61,12 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.replace(target, old / "x")
-            os.replace(work, target)
+            try:
+                os.replace(work, target)
+            except BaseException:
+                os.replace(old / "x", target)
+                old.rmdir()
+                raise
             shutil.rmtree(old)
         else:
             os.replace(work, target)
@@ -85,7 +96,7 @@ def atomic_write(path: str | Path, data: bytes) -> None:
 def save_checkpoint(
     path: str | Path, kind: str, config_json: str, files: Mapping[str, bytes], extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a checkpoint directory. Other files that are there already (a model card) are kept.
+    """Write a checkpoint directory. What else is there already (a model card) is kept.
 
     Args:
         path: the directory.
@@ -105,8 +116,10 @@ def save_checkpoint(
     with atomic_directory(target) as work:
         if target.is_dir():
             for old in target.iterdir():
-                if old.is_file() and old.name not in contents and old.name != META:
-                    shutil.copy2(old, work / old.name)
+                if old.is_dir() and not old.is_symlink():
+                    shutil.copytree(old, work / old.name, symlinks=True)
+                elif old.name not in contents and old.name != META:
+                    shutil.copy2(old, work / old.name, follow_symlinks=False)
         for name, data in contents.items():
             (work / name).write_bytes(data)
         (work / META).write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
@@ -142,12 +155,19 @@ def read_meta(path: str | Path) -> dict[str, Any]:
     directory = resolve(path)
     try:
         meta = json.loads((directory / META).read_text(encoding="utf-8"))
-        files, kind, version = dict(meta["sha256"]), meta["kind"], meta["format"]
+        version = meta["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory / META} is damaged ({error}); save or fetch the checkpoint again") from error
     if version != FORMAT:
-        raise CheckpointError(f"{directory} ({kind}) has format {version}; this mmtok reads format {FORMAT}")
-    return {**meta, "sha256": files}
+        raise CheckpointError(f"{directory} has format {version}; this mmtok reads format {FORMAT}")
+    kind, files = meta.get("kind"), meta.get("sha256")
+    strings = isinstance(kind, str) and isinstance(files, dict) and all(isinstance(x, str) for x in files.values())
+    if not strings or CONFIG not in files:
+        raise CheckpointError(
+            f"{directory / META} is damaged (it must name a kind and the sha256 of each file, {CONFIG} among them); "
+            "save or fetch the checkpoint again"
+        )
+    return meta
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], str, dict[str, bytes], Path]:
@@ -173,7 +193,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], str, dict[str, by
                 f"{file}: sha256 is {got[:12]}..., {META} says {digest[:12]}...; the file is damaged or was edited: "
                 "save or fetch the checkpoint again"
             )
-    config = contents.pop(CONFIG, b"{}").decode()
+    config = contents.pop(CONFIG).decode()
     return meta, config, contents, directory
 
 

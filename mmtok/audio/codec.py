@@ -51,6 +51,9 @@ class SpectralCodecConfig(Config):
     codebook_dim: int = 48
 
     def __post_init__(self) -> None:
+        for name in ("sample_rate", "mels", "dim", "levels", "codebook_size", "codebook_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"SpectralCodecConfig.{name}: got {getattr(self, name)}, expected at least 1")
         if self.hop < 1 or self.window < self.hop or (self.window - self.hop) % 2:
             raise ConfigError(
                 f"SpectralCodecConfig: got window {self.window} and hop {self.hop}, expected a window of at least one "

@@ -40,6 +40,9 @@ class ImageVQVAEConfig(Config):
     codebook_dim: int = 8
 
     def __post_init__(self) -> None:
+        for name in ("channels", "codebook_size", "codebook_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"ImageVQVAEConfig.{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("downsample", "patch"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
