@@ -13,6 +13,7 @@ from torch import nn
 from mmtok import checkpoints
 from mmtok.config import Config
 from mmtok.errors import CheckpointError
+from mmtok.quantizers import Quantizer
 
 # Buffers of the EMA codebooks that only training needs: they stay out of the shipped files.
 TRAINING_ONLY = ("cluster_size", "embed_avg")
@@ -24,6 +25,7 @@ class CodecModel(nn.Module):
     kind: ClassVar[str]
     modality: ClassVar[str]
     config_class: ClassVar[type[Config]]
+    quantizer: Quantizer
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -42,6 +44,11 @@ class CodecModel(nn.Module):
         if mode:
             self._fingerprint = None
         return super().train(mode)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``nn.Module.load_state_dict``; other weights have another fingerprint."""
+        self._fingerprint = None
+        return super().load_state_dict(*args, **kwargs)
 
     def _files(self) -> dict[str, bytes]:
         state = {k: v for k, v in self.state_dict().items() if k.rsplit(".", 1)[-1] not in TRAINING_ONLY}
@@ -67,13 +74,13 @@ class CodecModel(nn.Module):
             state = safetensors.torch.load(files[checkpoints.WEIGHTS])
         except (KeyError, SafetensorError) as error:
             raise CheckpointError(f"{directory}: no readable {checkpoints.WEIGHTS} ({error})") from error
-        own = model.state_dict()
-        rest = {k: v for k, v in own.items() if k.rsplit(".", 1)[-1] in TRAINING_ONLY}
+        rest = {k: v for k, v in model.state_dict().items() if k.rsplit(".", 1)[-1] in TRAINING_ONLY}
         wide = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         checkpoints.load_strict(model, {**rest, **wide}, str(directory))
         bad = [k for k, v in wide.items() if not torch.isfinite(v).all()]
         if bad:
             raise CheckpointError(f"{directory}: {bad[0]} holds NaN or infinity; the training diverged")
+        model.quantizer.restart_averages()
         model.eval()
         model._fingerprint = checkpoints.fingerprint(cls.kind, config_json, files)
         return model

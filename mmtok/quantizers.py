@@ -34,6 +34,7 @@ class Quantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.codebook_size = codebook_size
+        self.vectors_per_batch = vectors_per_batch
         self.project_in = nn.Linear(dim, codebook_dim)
         self.project_out = nn.Linear(codebook_dim, dim)
         self.levels = nn.ModuleList(
@@ -100,6 +101,17 @@ class Quantizer(nn.Module):
             )
         total = sum(books[i][codes[..., i]] for i in range(codes.shape[-1]))
         return self.project_out(total)
+
+    @torch.no_grad()
+    def restart_averages(self) -> None:
+        """Start the averages behind the codebooks from the codebooks, as if all codes were drawn alike.
+
+        For training on from stored codebooks: from averages of zero, one step would pull every code to the origin.
+        """
+        for level in self.levels:
+            book = level._codebook
+            book.cluster_size.fill_(self.vectors_per_batch / self.codebook_size)  # type: ignore[union-attr,operator]
+            book.embed_avg.copy_(book.embed * book.cluster_size[..., None])  # type: ignore[union-attr,operator,index]
 
     def codebooks(self) -> list[Tensor]:
         """The codebooks, float32 [codebook_size, codebook_dim] each."""

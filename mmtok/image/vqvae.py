@@ -145,8 +145,8 @@ class ImageVQVAE(CodecModel):
                 f"got an image of {height}x{width}, expected multiples of {f} pixels: resize or pad it first"
             )
         rows = []
-        for row in pixels.split(1):
-            z = self.encoder(row.to(self.quantizer.project_in.weight.dtype) / 127.5 - 1)
+        for i in range(b):
+            z = self.encoder(pixels[i : i + 1].to(self.quantizer.project_in.weight.dtype) / 127.5 - 1)
             rows.append(self.quantizer.encode(z.permute(0, 2, 3, 1).flatten(1, 2)))
         empty = torch.zeros(0, height // f * (width // f), 1, dtype=torch.int64)
         return torch.cat(rows or [empty]).reshape(b, height // f, width // f)
@@ -160,10 +160,12 @@ class ImageVQVAE(CodecModel):
         """
         if codes.dtype != torch.int64 or codes.ndim != 3:
             raise VocabularyError(f"got codes {codes.dtype} {list(codes.shape)}, expected int64 [B, h, w]")
-        _, h, w = codes.shape
+        b, h, w = codes.shape
+        if not h or not w:
+            raise VocabularyError(f"got codes {list(codes.shape)}, expected at least one code a side")
         out = [
-            self.decoder(self.quantizer.decode(row.reshape(1, h * w, 1)).reshape(1, h, w, -1).permute(0, 3, 1, 2))
-            for row in codes.split(1)
+            self.decoder(self.quantizer.decode(codes[i].reshape(1, h * w, 1)).reshape(1, h, w, -1).permute(0, 3, 1, 2))
+            for i in range(b)
         ]
         f = self.config.downsample
         pixels = torch.cat(out or [torch.zeros(0, 3, h * f, w * f)])
