@@ -182,7 +182,7 @@ def main() -> None:
         return tuple(x.to(device) for x in (ids, document, positions, answer))
 
     model = Transformer(shape).to(device)
-    sequence_loss = SequenceLoss(mm.grammar)
+    sequence_loss = SequenceLoss(mm.grammar, text_weight=3.0)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
         value, parts = sequence_loss(model, *batch(train, rng(config, step)))

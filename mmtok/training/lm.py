@@ -22,10 +22,12 @@ class SequenceLoss:
 
     Args:
         grammar: of the model's registry.
+        text_weight: of text and control targets, of which a batch holds few beside the codes.
     """
 
-    def __init__(self, grammar: Grammar) -> None:
+    def __init__(self, grammar: Grammar, text_weight: float = 1.0) -> None:
         registry = grammar.registry
+        self.text_weight = text_weight
         self.free = torch.from_numpy(grammar.loss_mask(np.arange(registry.padded_size)))
         self.names: list[str] = ["text"]
         self.columns: list[Tensor] = [
@@ -62,14 +64,14 @@ class SequenceLoss:
             answer: bool [B, T], True for the ids that are to be learnt.
 
         Returns:
-            (mean loss in nats over all chosen targets, mean loss of each group by name).
+            (weighted mean loss in nats over all chosen targets, mean loss of each group by name).
         """
         hidden = model.hidden(ids[:, :-1], positions[:, :-1], attention_mask(document[:, :-1]))
         target = ids[:, 1:]
         wanted = answer[:, 1:] & (document[:, 1:] == document[:, :-1]) & self.free.to(ids.device)[target]
         hidden, target = hidden[wanted], target[wanted]
         group = self.group.to(ids.device)[target]
-        total, parts = hidden.new_zeros((), dtype=torch.float32), {}
+        total, parts, weights = hidden.new_zeros((), dtype=torch.float32), {}, 0.0
         for i, (name, columns) in enumerate(zip(self.names, self.columns, strict=True)):
             chosen = group == i
             count = int(chosen.sum())
@@ -78,5 +80,6 @@ class SequenceLoss:
                 place = self.place[i].to(ids.device)[target[chosen]]
                 loss = F.cross_entropy(scores.float(), place, reduction="sum")
                 parts[name] = loss.item() / count
-                total = total + loss
-        return total / max(1, len(target)), parts
+                weight = self.text_weight if i == 0 else 1.0
+                total, weights = total + weight * loss, weights + weight * count
+        return total / max(1.0, weights), parts

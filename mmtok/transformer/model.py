@@ -114,6 +114,14 @@ class Step(NamedTuple):
     cache: KVCache | None
 
 
+class RMSNorm(nn.RMSNorm):
+    """As torch's, with the weight brought to the input's type: under autocast that keeps the fused kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [..., n] -> the same type and shape."""
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Causal grouped-query self-attention with RMSNorm on queries and keys."""
 
@@ -126,8 +134,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(c, config.num_key_value_heads * d, bias=False)
         self.v_proj = nn.Linear(c, config.num_key_value_heads * d, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * d, c, bias=False)
-        self.q_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(d, eps=config.rms_norm_eps)
+        self.q_norm = RMSNorm(d, eps=config.rms_norm_eps)
+        self.k_norm = RMSNorm(d, eps=config.rms_norm_eps)
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
         """float [B, T, C] -> float [B, T, C]."""
@@ -161,9 +169,9 @@ class Layer(nn.Module):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, step: Step, layer: int) -> Tensor:
@@ -179,7 +187,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
 class Transformer(nn.Module):

@@ -1,0 +1,149 @@
+"""Documents of several modalities through one vocabulary, and the link between a token and the codec that made it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mmtok
+from mmtok.audio import SpectralCodec, SpectralCodecConfig
+from mmtok.documents import Audio, Document, Image, Text, Turn
+from mmtok.errors import CheckpointError, MediaError, SequenceError, VocabularyError, VocabularyMismatchError
+from mmtok.image import ImageVQVAE, ImageVQVAEConfig
+from mmtok.multimodal import MultimodalTokenizer
+from mmtok.text import ByteLevelBPE
+
+RATE = 16_000
+
+
+@pytest.fixture(scope="module")
+def parts() -> dict:
+    torch.manual_seed(0)
+    shape = SpectralCodecConfig(dim=16, encoder_blocks=1, decoder_blocks=1, levels=4, codebook_size=32, codebook_dim=8)
+    image = ImageVQVAE(ImageVQVAEConfig(channels=8, blocks=1, codebook_size=64)).eval()
+    return {
+        "words": ByteLevelBPE.train(["a cow and a calf", "une vache"], 300),
+        "pictures": image,
+        "sounds": SpectralCodec(shape).eval(),
+    }
+
+
+@pytest.fixture(scope="module")
+def mm(parts: dict) -> MultimodalTokenizer:
+    return MultimodalTokenizer.create(parts, audio_levels=3)
+
+
+segment = st.one_of(
+    st.builds(Text, st.text(st.characters(exclude_categories=["Cs"]), max_size=12)),
+    st.builds(
+        lambda h, w, seed: Image(np.random.default_rng(seed).integers(0, 256, (3, 8 * h, 8 * w), np.uint8)),
+        *[st.integers(1, 4)] * 2,
+        st.integers(0, 9),
+    ),
+    st.builds(
+        lambda n, seed: Audio(np.random.default_rng(seed).uniform(-1, 1, (1, n)).astype(np.float32), RATE),
+        st.integers(0, 2000),
+        st.integers(0, 9),
+    ),
+    st.builds(Turn, st.sampled_from(["user", "assistant"])),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(segment, max_size=6))
+def test_documents_come_back(mm: MultimodalTokenizer, segments: list) -> None:
+    document = Document(tuple(segments)).normalized()
+    ids = mm.encode(document)
+    back = mm.decode(ids)
+    assert [type(x) for x in back.segments] == [type(x) for x in document.segments]
+    for made, given_ in zip(back.segments, document.segments, strict=True):
+        match given_:
+            case Text() | Turn():
+                assert made == given_
+            case Image(pixels):
+                assert made.pixels.shape == pixels.shape
+            case Audio(samples):
+                assert made.samples.shape[1] == -(-samples.shape[1] // 320) * 320
+    # Codes -> ids -> codes is the identity, whatever the codecs make of the media.
+    for span in mm.grammar.spans(ids):
+        if span.kind != "control":
+            codes = mm.grammar.segment_codes(ids, span)
+            assert np.array_equal(mm.grammar.segment_ids(span.tokenizer, codes), ids[span.start : span.end])
+
+
+def test_ids_are_the_tokenizers_codes_with_offsets(mm: MultimodalTokenizer, parts: dict) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 16, 24), np.uint8)
+    samples = np.random.default_rng(1).uniform(-1, 1, (1, 1000)).astype(np.float32)
+    ids = mm.encode(Document((Text("a cow"), Image(pixels), Audio(samples, RATE))))
+    text, image, audio = (s for s in mm.grammar.spans(ids) if s.kind != "control")
+    assert np.array_equal(mm.grammar.segment_codes(ids, text), parts["words"].encode(["a cow"])[0])
+    codes = parts["pictures"].encode(torch.from_numpy(pixels)[None])[0].numpy()
+    assert np.array_equal(mm.grammar.segment_codes(ids, image), codes)
+    first = mm.registry.block("image").start
+    assert np.array_equal(ids[image.start + 3 : image.end - 1], codes.reshape(-1) + first)
+    levels = parts["sounds"].encode(torch.from_numpy(samples)[None])[0, :3].numpy()
+    assert np.array_equal(mm.grammar.segment_codes(ids, audio), levels)
+
+
+@pytest.mark.parametrize("literal", ["<image>", "</image>", "<audio>", "<bos>", "<eos>", "<user>", "<assistant>", "<pad>"])
+def test_text_never_becomes_a_control_token(mm: MultimodalTokenizer, literal: str) -> None:
+    ids = mm.encode(Document((Text(literal),)))
+    control = mm.registry.block("control")
+    assert ((ids[1:-1] < control.start) | (ids[1:-1] >= control.end)).all()
+    assert mm.decode(ids).segments == (Text(literal),)
+
+
+def test_sound_is_resampled_and_mixed(mm: MultimodalTokenizer) -> None:
+    stereo = np.zeros((2, 48_000), np.float32)
+    (made,) = mm.decode(mm.encode(Document((Audio(stereo, 48_000),)))).segments
+    assert made.sample_rate == RATE
+    assert made.samples.shape == (1, 16_000)
+
+
+def test_pictures_that_do_not_fit(mm: MultimodalTokenizer) -> None:
+    odd = Image(np.zeros((3, 20, 37), np.uint8))
+    with pytest.raises(MediaError, match="multiples of 8"):
+        mm.encode(Document((odd,)))
+    assert mm.fit(odd).pixels.shape == (3, 16, 32)
+    assert mm.fit(odd, 64).pixels.shape == (3, 64, 64)
+    with pytest.raises(MediaError, match="at least 8"):
+        mm.fit(Image(np.zeros((3, 5, 9), np.uint8)))
+    with pytest.raises(VocabularyError, match="64"):
+        mm.encode(Document((Image(np.zeros((3, 8, 8 * 65), np.uint8)),)))
+
+
+def test_decode_is_strict(mm: MultimodalTokenizer) -> None:
+    ids = mm.encode(Document((Image(np.zeros((3, 16, 16), np.uint8)),)))
+    with pytest.raises(SequenceError) as caught:
+        mm.decode(np.delete(ids, 5))
+    assert caught.value.position == len(ids) - 3
+
+
+def test_save_and_load_by_name(mm: MultimodalTokenizer, parts: dict, tmp_path) -> None:
+    for name, tokenizer in parts.items():
+        tokenizer.save(tmp_path / name)
+    loaded = {n: mmtok.load(tmp_path / n) for n in parts}
+    saved = MultimodalTokenizer.create(loaded, audio_levels=3)
+    home = tmp_path / "model"
+    home.mkdir()
+    (home / "vocab.json").write_text(saved.registry.to_json())
+    again = MultimodalTokenizer.load(home)
+    assert again.registry == saved.registry
+    document = Document((Text("a cow"), Image(np.full((3, 16, 16), 200, np.uint8))))
+    assert np.array_equal(again.encode(document), saved.encode(document))
+
+    torch.manual_seed(1)
+    ImageVQVAE(ImageVQVAEConfig(channels=8, blocks=1, codebook_size=64)).save(tmp_path / "pictures")
+    with pytest.raises(VocabularyMismatchError, match="pictures"):
+        MultimodalTokenizer.load(home)
+    (home / "vocab.json").unlink()
+    with pytest.raises(CheckpointError):
+        MultimodalTokenizer.load(home)
+
+
+def test_a_missing_tokenizer_is_named(mm: MultimodalTokenizer, parts: dict) -> None:
+    with pytest.raises(VocabularyMismatchError, match="sounds"):
+        MultimodalTokenizer(mm.registry, {k: v for k, v in parts.items() if k != "sounds"})
