@@ -51,7 +51,16 @@ class SpectralCodecConfig(Config):
     codebook_dim: int = 48
 
     def __post_init__(self) -> None:
-        for name in ("sample_rate", "mels", "dim", "levels", "codebook_size", "codebook_dim"):
+        for name in (
+            "sample_rate",
+            "mels",
+            "dim",
+            "encoder_blocks",
+            "decoder_blocks",
+            "levels",
+            "codebook_size",
+            "codebook_dim",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"SpectralCodecConfig.{name}: got {getattr(self, name)}, expected at least 1")
         if self.hop < 1 or self.window < self.hop or (self.window - self.hop) % 2:
@@ -200,13 +209,14 @@ class SpectralCodec(CodecModel):
         """
         if codes.dtype != torch.int64 or codes.ndim != 3:
             raise VocabularyError(f"got codes {codes.dtype} {list(codes.shape)}, expected int64 [B, levels, F]")
-        b, _, frames = codes.shape
+        b, levels, frames = codes.shape
+        if not 1 <= levels <= self.config.levels:
+            raise VocabularyError(f"got codes of {levels} levels, expected 1 to {self.config.levels}")
         total = frames * self.config.hop
-        if length is not None and not total - self.config.hop < length <= total:
-            raise VocabularyError(
-                f"got length {length}, but {frames} frames hold {total - self.config.hop + 1} to {total}"
-            )
+        least = max(0, total - self.config.hop + 1)
+        if length is not None and not least <= length <= total:
+            raise VocabularyError(f"got length {length}, but {frames} frames hold {least} to {total} samples")
         if not b or not frames:
-            return torch.zeros(b, 1, 0)
+            return torch.zeros(b, 1, total if length is None else length)
         rows = [self._synthesise(self.quantizer.decode(row.transpose(1, 2))) for row in codes.split(1)]
         return torch.cat(rows)[:, None, :length].clamp(-1, 1)
