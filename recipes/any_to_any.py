@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", default=[], metavar="key=value", help="override the model's shape")
     args = parser.parse_args()
     config = LoopConfig(
-        steps=5000, batch_size=8, lr=2e-3, warmup=100, weight_decay=0.05, eval_every=500, save_every=250
+        steps=4500, batch_size=8, lr=2e-3, warmup=100, weight_decay=0.05, eval_every=500, save_every=250
     ).replace(args.set)
     device = prepare_torch(config)
 

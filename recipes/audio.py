@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="override the schedule")
     parser.add_argument("--model", nargs="*", default=[], metavar="key=value", help="override the model's shape")
     args = parser.parse_args()
-    config = LoopConfig(steps=3800, batch_size=32, lr=8e-4, warmup=100, eval_every=500, save_every=500).replace(
+    config = LoopConfig(steps=2800, batch_size=32, lr=8e-4, warmup=100, eval_every=500, save_every=500).replace(
         args.set
     )
     shape = SpectralCodecConfig().replace(args.model)

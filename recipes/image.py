@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="override the schedule")
     parser.add_argument("--model", nargs="*", default=[], metavar="key=value", help="override the model's shape")
     args = parser.parse_args()
-    config = LoopConfig(steps=4200, batch_size=64, lr=1.5e-3, eval_every=500, save_every=500).replace(args.set)
+    config = LoopConfig(steps=2600, batch_size=64, lr=1.5e-3, eval_every=500, save_every=500).replace(args.set)
     shape = ImageVQVAEConfig(channels=64, blocks=2).replace(args.model)
     device = prepare_torch(config)
 

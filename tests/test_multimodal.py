@@ -88,7 +88,9 @@ def test_ids_are_the_tokenizers_codes_with_offsets(mm: MultimodalTokenizer, part
     assert np.array_equal(mm.grammar.segment_codes(ids, audio), levels)
 
 
-@pytest.mark.parametrize("literal", ["<image>", "</image>", "<audio>", "<bos>", "<eos>", "<user>", "<assistant>", "<pad>"])
+@pytest.mark.parametrize(
+    "literal", ["<image>", "</image>", "<audio>", "<bos>", "<eos>", "<user>", "<assistant>", "<pad>"]
+)
 def test_text_never_becomes_a_control_token(mm: MultimodalTokenizer, literal: str) -> None:
     ids = mm.encode(Document((Text(literal),)))
     control = mm.registry.block("control")
