@@ -44,7 +44,7 @@ class Item:
 
 def bucket(key: str) -> int:
     """The first 32 bits of sha256 of the key: the number that all splits are made from."""
-    return int(hashlib.sha256(key.encode()).hexdigest()[:8], 16)
+    return int(hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()[:8], 16)
 
 
 def split_of(key: str) -> str:
@@ -59,7 +59,7 @@ def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
         DataError: the file is missing, or a line is not a document; the message names the line.
     """
     try:
-        handle = path.open(encoding="utf-8")
+        handle = path.open("rb")
     except OSError as error:
         raise DataError(
             f"{path}: cannot read the manifest ({error.strerror}); run recipes/prepare.py first?"
@@ -71,8 +71,8 @@ def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
             try:
                 document = json.loads(line)
                 segments = document["segments"]
-                ok = all(
-                    isinstance(s, dict) and (("text" in s) if s["type"] == "text" else ("path" in s)) for s in segments
+                ok = isinstance(segments, list) and all(
+                    isinstance(s["text"] if s["type"] == "text" else s["path"], str) for s in segments
                 )
             except (ValueError, KeyError, TypeError) as error:
                 raise DataError(
@@ -80,8 +80,8 @@ def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
                 ) from error
             if not ok:
                 raise DataError(f"{path}:{number}: every segment needs a type, and text or path")
-            document.setdefault("id", f"line-{number}")
-            document.setdefault("split", split_of(str(document["id"])))
+            document["id"] = str(document.get("id", f"line-{number}"))
+            document.setdefault("split", split_of(document["id"]))
             yield document
 
 
@@ -93,9 +93,9 @@ def items(source: Path, modality: str, split: str) -> list[Item]:
     """
     out: list[Item] = []
     if source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES[modality]):
+        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES[modality] and p.is_file()):
             relative = path.relative_to(source)
-            key = str(relative.with_suffix(""))
+            key = relative.with_suffix("").as_posix()
             segment = {"type": modality, "path": str(relative)}
             if modality == "text":
                 segment["text"] = path.read_text(encoding="utf-8", errors="ignore")

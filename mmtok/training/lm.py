@@ -71,7 +71,9 @@ class SequenceLoss:
         wanted = answer[:, 1:] & (document[:, 1:] == document[:, :-1]) & self.free.to(ids.device)[target]
         hidden, target = hidden[wanted], target[wanted]
         group = self.group.to(ids.device)[target]
-        total, parts, weights = hidden.new_zeros((), dtype=torch.float32), {}, 0.0
+        # without a target: a zero that can still be differentiated
+        total = hidden.new_zeros((), dtype=torch.float32) if len(target) else hidden.float().sum()
+        parts, weights = {}, 0.0
         for i, (name, columns) in enumerate(zip(self.names, self.columns, strict=True)):
             chosen = group == i
             count = int(chosen.sum())

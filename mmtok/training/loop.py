@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from mmtok.checkpoints import atomic_write, load_strict, load_tensors, tensors_to_bytes
@@ -160,7 +162,7 @@ def fit(
                 value, live = loss(step)
             if not torch.isfinite(value):
                 raise DataError(
-                    f"step {step}: the loss is {float(value)}; lower lr ({config.lr}) or look for NaN in the data"
+                    f"step {step}: the loss is {value.item()}; lower lr ({config.lr}) or look for NaN in the data"
                 )
             optimizer.zero_grad(set_to_none=True)
             value.backward()
@@ -185,6 +187,8 @@ def fit(
                 started, shown = time.monotonic(), step
             if step % config.save_every == 0 or last:
                 save_state(model, optimizer, config, run, step)
+    if board is not None:
+        board.close()
     model.eval()
 
 
@@ -196,23 +200,32 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopC
     tensors["rng"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
-    meta = {"step": str(step), "config": config.to_json()}
+    meta = {"step": str(step), "config": config.to_json(), "sha256": _digest(tensors)}
     atomic_write(run / STATE, tensors_to_bytes(tensors, meta))
 
 
 def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopConfig, run: Path) -> int:
-    """Restore what ``save_state`` wrote; returns the step, 0 where there is no checkpoint."""
+    """Restore what ``save_state`` wrote; returns the step, 0 where there is no checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
+        ConfigError: it was made with another schedule.
+    """
     path = run / STATE
     if not path.exists():
         return 0
     tensors = load_tensors(path)
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as f:
         meta = f.metadata() or {}
-    if "step" not in meta or "rng" not in tensors:
-        raise CheckpointError(f"{path} is no training state; remove it to start anew")
-    mine, theirs = config.to_dict(), json.loads(meta["config"])
+    try:
+        step, theirs, chance = int(meta["step"]), dict(json.loads(meta["config"])), tensors["rng"]
+        if chance.shape != torch.get_rng_state().shape:
+            raise ValueError("the state of another random generator")
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path} is no training state ({error}); remove it to start anew") from error
+    if meta.get("sha256", digest := _digest(tensors)) != digest:
+        raise CheckpointError(f"{path} is damaged: its sha256 is not the recorded one; remove it to start anew")
+    mine = config.to_dict()
     free = {"steps", "eval_every", "save_every", "threads"}  # a run may be shortened or extended on purpose
     other = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if k not in free and theirs.get(k) != v]
     if other:
@@ -223,11 +236,30 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopC
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = value
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, entry in state.items():
+        shape = parameters[index].shape if index < len(parameters) else None
+        if (
+            entry.keys() != {"step", "exp_avg", "exp_avg_sq"}
+            or not entry["exp_avg"].shape == entry["exp_avg_sq"].shape == shape
+        ):
+            raise CheckpointError(f"{path}: optimizer.{index} does not fit the model; remove it to start anew")
+        for name in ("exp_avg", "exp_avg_sq"):  # as their parameter lies in memory (channels last): same kernels
+            entry[name] = torch.empty_like(parameters[index]).copy_(entry[name])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    torch.set_rng_state(tensors["rng"])
+    torch.set_rng_state(chance)
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
-    return int(meta["step"])
+    return step
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Hex sha256 over names and bytes."""
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        h.update(name.encode())
+        h.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
 
 
 def _read_log(path: Path) -> list[dict[str, float]]:

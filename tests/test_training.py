@@ -1,0 +1,434 @@
+"""The training loop resumes to the last bit; corpora, caches and the transformer's loss are what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+
+from mmtok.errors import CheckpointError, ConfigError, DataError
+from mmtok.grammar import Grammar
+from mmtok.registry import TokenizerSpec, VocabularyRegistry
+from mmtok.training.corpus import bucket, items, read_manifest, split_of
+from mmtok.training.data import load_audio, load_images
+from mmtok.training.lm import SequenceLoss
+from mmtok.training.loop import LOG, STATE, LoopConfig, fit, rng
+from mmtok.transformer import Transformer, TransformerConfig
+from mmtok.transformer.packing import attention_mask, pack
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --- the loop
+
+CONFIG = LoopConfig(steps=7, batch_size=4, lr=1e-2, warmup=2, eval_every=2, save_every=3)
+
+
+class Noisy(nn.Module):
+    """Uses every kind of state: weights, a channels-last kernel, a moving buffer, and torch's random generator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+        self.head = nn.Linear(5, 1)
+        self.register_buffer("mean", torch.zeros(5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = F.dropout(self.conv(x).tanh().mean((2, 3)), 0.3, self.training)
+        if self.training:
+            self.mean.lerp_(h.detach().float().mean(0), 0.1)
+        return self.head(h - self.mean)
+
+
+def train(run: Path, config: LoopConfig = CONFIG, die_at: int = -1, die=None, bad_at: int = -1) -> Noisy:
+    torch.manual_seed(config.seed)
+    model = Noisy().to(memory_format=torch.channels_last)
+
+    def loss(step):
+        if step == die_at:
+            die()
+        x = torch.from_numpy(rng(config, step).standard_normal((config.batch_size, 3, 6, 6), np.float32))
+        y = model(x.contiguous(memory_format=torch.channels_last))
+        value = (y.float().squeeze(1) - x.mean((1, 2, 3))).square().mean()
+        if step == bad_at:
+            value = value / 0
+        return value, {"loss": value.item()}
+
+    def evaluate(step):
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        return {"val": float(model(torch.ones(1, 3, 6, 6)))}
+
+    fit(model, config, run, loss, evaluate, "test")
+    return model
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def log(run: Path) -> list[dict]:
+    lines = [json.loads(x) for x in (run / LOG).read_text().splitlines()]
+    return [{k: v for k, v in x.items() if k != "steps_per_s"} for x in lines]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole")
+    train(run)
+    return run
+
+
+def same_run(a: Path, b: Path) -> None:
+    one, two = load_file(a / STATE), load_file(b / STATE)
+    assert one.keys() == two.keys()
+    assert not [k for k in one if not torch.equal(one[k], two[k])]
+    assert log(a) == log(b)
+
+
+def test_run_leaves_its_log_and_state(whole):
+    lines = log(whole)
+    assert [x["step"] for x in lines] == [2, 4, 6, 7]
+    assert list(lines[0]) == ["step", "lr", "loss", "val"]
+    assert [x["lr"] for x in lines] == [CONFIG.lr_at(x["step"] - 1) for x in lines]
+    assert sorted(p.name for p in whole.iterdir()) in (
+        [LOG, STATE],
+        [LOG, STATE, "tensorboard"],
+    )
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 4, 5, 6])
+def test_interrupted_run_ends_as_the_uninterrupted(whole, tmp_path, die_at):
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, die_at=die_at, die=stop)
+    torch.manual_seed(99)
+    torch.rand(die_at)
+    model = train(tmp_path)
+    assert not model.training
+    same_run(whole, tmp_path)
+
+
+def test_run_killed_by_the_system(whole, tmp_path):
+    here = Path(__file__).resolve()
+    command = [sys.executable, str(here), str(tmp_path)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parent.parent)}
+    done = subprocess.run(command, env=env, capture_output=True, check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert [x["step"] for x in log(tmp_path)] == [2, 4]  # and the checkpoint is of step 3
+    with (tmp_path / LOG).open("a") as f:
+        f.write('{"step": 5, "lr')  # the line that was being written
+    train(tmp_path)
+    same_run(whole, tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_finished_run_is_left_alone_and_can_be_extended(whole, tmp_path):
+    train(tmp_path)
+    train(tmp_path)
+    same_run(whole, tmp_path)
+    longer = CONFIG.replace(["steps=9", "eval_every=9", "save_every=9", "threads=1"])
+    train(tmp_path, longer)
+    assert [x["step"] for x in log(tmp_path)] == [2, 4, 6, 7, 9]
+
+
+def test_another_schedule_is_refused(whole, tmp_path):
+    (tmp_path / STATE).write_bytes((whole / STATE).read_bytes())
+    for change in ("lr=0.02", "batch_size=5", "seed=1", "warmup=3", "bf16=false", "clip=2", "weight_decay=0"):
+        key = change.split("=")[0]
+        with pytest.raises(ConfigError, match=rf"another schedule \({key}: .* there, .* here\).*another --out"):
+            train(tmp_path, CONFIG.replace([change]))
+    assert (tmp_path / STATE).read_bytes() == (whole / STATE).read_bytes()
+
+
+def test_damaged_state_is_refused(whole, tmp_path):
+    from mmtok.checkpoints import tensors_to_bytes
+
+    data = (whole / STATE).read_bytes()
+    for cut in (b"", data[:4], data[:300], data[:-1], b"\0" * 100):
+        (tmp_path / STATE).write_bytes(cut)
+        with pytest.raises(CheckpointError, match=r"state\.safetensors is not a readable safetensors file"):
+            train(tmp_path)
+    good = {"step": "3", "config": CONFIG.to_json()}
+    tensors = {"rng": torch.get_rng_state()}
+    for meta in ({}, {"step": "3"}, {**good, "step": "three"}, {**good, "config": "{"}, {**good, "config": "3"}):
+        (tmp_path / STATE).write_bytes(tensors_to_bytes(tensors, meta))
+        with pytest.raises(CheckpointError, match=r"is no training state \(.*\); remove it to start anew"):
+            train(tmp_path)
+    (tmp_path / STATE).write_bytes(tensors_to_bytes({"model.x": torch.zeros(1)}, good))
+    with pytest.raises(CheckpointError, match="is no training state"):
+        train(tmp_path)
+    (tmp_path / STATE).write_bytes(tensors_to_bytes(tensors, good))
+    with pytest.raises(CheckpointError, match=r"missing: conv\.bias"):
+        train(tmp_path)
+
+
+def test_damaged_optimizer_state_is_refused(whole, tmp_path):
+    from mmtok.checkpoints import tensors_to_bytes
+
+    meta = {"step": "7", "config": CONFIG.to_json()}
+    tensors = load_file(whole / STATE)
+    changes = (
+        {k: v for k, v in tensors.items() if k != "optimizer.0.exp_avg"},
+        {**tensors, "optimizer.1.exp_avg": torch.zeros(2)},
+        {**tensors, "optimizer.9.exp_avg": torch.zeros(2)},
+        {**tensors, "rng": torch.zeros(3, dtype=torch.uint8)},
+    )
+    for changed in changes:
+        (tmp_path / STATE).write_bytes(tensors_to_bytes(changed, meta))
+        with pytest.raises(CheckpointError, match=r"state\.safetensors.*remove it to start anew"):
+            train(tmp_path)
+    data = bytearray((whole / STATE).read_bytes())
+    data[-9] ^= 1
+    (tmp_path / STATE).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"is damaged: its sha256 is not the recorded one"):
+        train(tmp_path)
+
+
+def test_loss_that_is_not_finite_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"step 4: the loss is (inf|nan); lower lr \(0\.01\)"):
+        train(tmp_path, bad_at=4)
+    assert [x["step"] for x in log(tmp_path)] == [2, 4]
+
+
+def test_the_order_of_the_data_follows_from_seed_and_step():
+    a = rng(LoopConfig(seed=1), 5).random(3)
+    assert (a == rng(LoopConfig(seed=1), 5).random(3)).all()
+    assert (a != rng(LoopConfig(seed=2), 5).random(3)).any()
+    assert (a != rng(LoopConfig(seed=1), 6).random(3)).any()
+    np.testing.assert_allclose(rng(LoopConfig(), 0).random(2), [0.8233, 0.0164], atol=1)
+
+
+# --- corpora
+
+
+def test_split_golden_values():
+    """The splits are the same on every machine and for ever: else a test picture becomes a training picture."""
+    assert [bucket(x) for x in ("", "cow", "animals/cow", "ünï")] == [3820012610, 3199284341, 1541311295, 3916801321]
+    keys = ("cow", "animals/cow", "animals/3", "animals/32")
+    assert [split_of(x) for x in keys] == ["val", "train", "test", "val"]
+    counts = {s: sum(split_of(f"picture/{i}") == s for i in range(4000)) for s in ("train", "val", "test")}
+    assert counts == {"train": 3612, "val": 187, "test": 201}
+    assert split_of(os.fsdecode(b"bad\xffname")) in counts  # a file name that is not UTF-8
+
+
+def key_in(split: str, start: int = 0) -> str:
+    return next(f"k{i}" for i in range(start, 10000) if split_of(f"k{i}") == split)
+
+
+def test_folder(tmp_path):
+    train_key, val_key = key_in("train"), key_in("val")
+    (tmp_path / "sub.png").mkdir()
+    for name in (f"{train_key}.png", f"{val_key}.JPG", f"{train_key}.txt"):
+        (tmp_path / name).write_text("text")
+    (tmp_path / "other.xyz").write_text("")
+    found = items(tmp_path, "image", "train")
+    assert [(x.document, x.split, x.source) for x in found] == [(train_key, "train", tmp_path.name)]
+    assert found[0].path == tmp_path / f"{train_key}.png"
+    assert [x.document for x in items(tmp_path, "image", "val")] == [val_key]
+    assert items(tmp_path, "text", "train")[0].segment["text"] == "text"
+    with pytest.raises(DataError, match=r"no image in split 'test' \(2 in all splits\)"):
+        items(tmp_path, "image", "test")
+    with pytest.raises(DataError, match=r"no audio in split 'train' \(0 in all splits\)"):
+        items(tmp_path, "audio", "train")
+
+
+def test_manifest(tmp_path):
+    lines = [
+        {"id": "cow", "split": "train", "source": "farm", "segments": [
+            {"type": "text", "text": "a cow"}, {"type": "image", "path": "cow.png"}]},
+        {"id": 7, "split": "val", "segments": [{"type": "image", "path": "a/7.png"}]},
+        {"segments": []},
+    ]  # fmt: skip
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(json.dumps(x) for x in lines) + "\n\n", encoding="utf-8")
+    documents = list(read_manifest(path))
+    assert [d["id"] for d in documents] == ["cow", "7", "line-3"]
+    assert documents[2]["split"] == split_of("line-3")
+    (item,) = items(path, "image", "train")
+    assert (item.document, item.source, item.path) == ("cow", "farm", tmp_path / "cow.png")
+    assert items(path, "image", "val")[0].document == "7"
+    assert items(path, "text", "train")[0].segment["text"] == "a cow"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{", b"[]", b"3", b'{"id": "x"}', b'{"segments": 3}', b'{"segments": [3]}',
+        b'{"segments": [{"type": "image"}]}',
+        b'{"segments": [{"path": "x"}]}', b'{"segments": [{"type": "text", "path": "x"}]}', b"\xff\xfe",
+        b'{"segments": [{"type": "text", "text": 3}]}', b'{"segments": [{"type": "image", "path": null}]}',
+        b'{"segments": {"type": "text"}}', b'{"segments": ""}',
+    ],
+)  # fmt: skip
+def test_damaged_manifest(tmp_path, line):
+    path = tmp_path / "m.jsonl"
+    path.write_bytes(b'{"segments": []}\n' + line + b"\n")
+    with pytest.raises(DataError, match=r"m\.jsonl:2: "):
+        list(read_manifest(path))
+
+
+def test_no_manifest(tmp_path):
+    with pytest.raises(DataError, match=r"cannot read the manifest .*prepare\.py"):
+        list(read_manifest(tmp_path / "none.jsonl"))
+
+
+# --- media in memory
+
+
+def test_images_are_fitted_and_cached(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    keys = [key_in("train", i * 100) for i in range(3)]
+    for i, key in enumerate(keys[:2]):
+        Image.new("RGB", (30, 10), (50 * i, 100, 200)).save(folder / f"{key}.png")
+    (folder / f"{keys[2]}.png").write_bytes(b"no picture")
+    found = items(folder, "image", "train")
+    images = load_images(found, 16, tmp_path / "cache")
+    assert (images.shape, images.dtype) == ((2, 3, 16, 16), np.uint8)
+    assert (images[:, :, 0] == 255).all()  # white above a wide picture
+    assert sorted(images[:, 0, 8, 8]) == [0, 50]
+    assert "left out" in capsys.readouterr().err
+    assert (load_images(found, 16, tmp_path / "cache") == images).all()
+    assert "left out" not in capsys.readouterr().err  # from the cache
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    Image.new("RGB", (10, 10), (9, 9, 9)).save(folder / f"{keys[2]}.png")
+    assert len(load_images(found, 16, tmp_path / "cache")) == 3  # a changed file is seen
+    (folder / "bad.png").write_bytes(b"")
+    bad = [x for x in items(folder, "image", split_of("bad")) if x.document == "bad"]
+    with pytest.raises(DataError, match="none of 1 files could be read"):
+        load_images(bad, 16, tmp_path / "cache")
+
+
+def test_audio_lies_end_to_end(tmp_path):
+    keys = [key_in("train", i * 100) for i in range(3)]
+    wave = np.linspace(-0.5, 0.5, 800, dtype=np.float32)
+    for i, key in enumerate(keys):
+        if i != 1:
+            soundfile.write(tmp_path / f"{key}.wav", wave[: 400 * (i + 1) // 2 * 2], 8000)
+    lines = [
+        {"id": k, "split": "train", "segments": [{"type": "audio", "path": f"{k}.wav", "end": 0.05}]} for k in keys
+    ]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    samples, offsets, kept = load_audio(items(tmp_path / "m.jsonl", "audio", "train"), 8000, tmp_path / "cache")
+    assert samples.dtype == np.int16
+    assert offsets.tolist() == [0, 400, 800]
+    assert kept.tolist() == [0, 2]
+    np.testing.assert_allclose(samples[:400] / 32767, wave[:400], atol=1e-4)
+
+
+# --- the transformer's loss
+
+
+def vocabulary() -> VocabularyRegistry:
+    registry = VocabularyRegistry.create(
+        [
+            TokenizerSpec("words", "text", (40,), "t"),
+            TokenizerSpec("pictures", "image", (12,), "i", 4, {"downsample": 8}),
+            TokenizerSpec("sounds", "audio", (10, 9, 8), "a", 0, {"sample_rate": 8000, "hop": 80}),
+        ],
+        max_grid=4,
+    )
+    return registry.extend([TokenizerSpec("more", "audio", (5, 4), "b", 0, {"sample_rate": 8000, "hop": 80})])
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+def test_sequence_loss_is_the_plain_one(weight):
+    registry = vocabulary()
+    grammar = Grammar(registry)
+    r = np.random.default_rng(0)
+
+    def document():
+        parts = [
+            grammar.segment_ids("words", r.integers(0, 40, r.integers(1, 5))),
+            grammar.segment_ids("pictures", r.integers(0, 12, (2, r.integers(1, 4)))),
+            grammar.segment_ids("sounds", np.stack([r.integers(0, s, 2) for s in (10, 9, 8)])),
+            grammar.segment_ids("more", np.stack([r.integers(0, s, 3) for s in (5, 4)])),
+            grammar.segment_ids("sounds", np.zeros((3, 0), np.int64)),
+        ]
+        order = r.permutation(len(parts))
+        question, answer = parts[order[0]], np.concatenate([parts[i] for i in order[1:]])
+        ids = np.concatenate([[registry.bos, registry.user], question, [registry.assistant], answer, [registry.eos]])
+        grammar.spans(ids)
+        return ids, len(question) + 3
+
+    made = [document() for _ in range(5)]
+    ids, documents, positions = (torch.from_numpy(x) for x in pack([d for d, _ in made], 70, registry.pad))
+    starts = torch.tensor([*(s for _, s in made), 0])
+    answer = (positions >= starts[documents]) & (documents >= 0)
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(registry.padded_size, 16, 32, 1, 2, 1, 8, max_position_embeddings=128))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(20)
+    value, parts = SequenceLoss(grammar, weight)(model, ids, documents, positions, answer)
+
+    # The plain twin: one token after another, all logits, -inf where the id is not of the target's group.
+    def group(target):
+        block = next(b for b in registry.blocks if b.start <= target < b.start + b.size)
+        for name in ("sounds", "more"):
+            if target == registry.closing(name):
+                block = registry.blocks_of(name)[0]
+        if block.modality in ("control", "text", "grid"):
+            chosen = [b for b in registry.blocks if b.modality in ("control", "text", "grid")]
+            return "text", {i for b in chosen for i in range(b.start, b.start + b.size)}
+        members = set(range(block.start, block.start + block.size))
+        if block.modality == "audio" and block.codebook == 0:
+            members.add(registry.closing(block.tokenizer))
+        return block.name, members
+
+    closings = {registry.closing("pictures")}
+    losses: dict[str, list[float]] = {}
+    with torch.no_grad():
+        logits = model(ids, positions, attention_mask(documents))
+        for row in range(len(ids)):
+            for t in range(1, ids.shape[1]):
+                target = int(ids[row, t])
+                if not answer[row, t] or documents[row, t] != documents[row, t - 1] or target in closings:
+                    continue
+                name, members = group(target)
+                keep = torch.zeros(registry.padded_size, dtype=torch.bool)
+                keep[list(members)] = True
+                score = logits[row, t - 1].double().masked_fill(~keep, -torch.inf)
+                losses.setdefault(name, []).append(float(torch.logsumexp(score, 0) - score[target]))
+    flat = [(x, weight if name == "text" else 1.0) for name, xs in losses.items() for x in xs]
+    assert abs(value.item() - sum(x * w for x, w in flat) / sum(w for _, w in flat)) < 1e-5
+    assert parts.keys() == losses.keys()
+    assert len(parts) == 2 + 3 + 2
+    for name, xs in losses.items():
+        assert abs(parts[name] - np.mean(xs)) < 1e-5
+    value.backward()
+    assert torch.isfinite(model.model.embed_tokens.weight.grad).all()
+
+
+def test_loss_without_targets_is_zero_and_differentiable():
+    registry = vocabulary()
+    model = Transformer(TransformerConfig(registry.padded_size, 8, 8, 1, 1, 1, 8))
+    ids = torch.full((1, 4), registry.pad)
+    value, parts = SequenceLoss(Grammar(registry))(
+        model, ids, torch.full((1, 4), -1), torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.bool)
+    )
+    assert value.item() == 0
+    assert parts == {}
+    value.backward()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]), die_at=4, die=lambda: os.kill(os.getpid(), signal.SIGKILL))
