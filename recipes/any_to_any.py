@@ -21,6 +21,7 @@ from torch import Tensor
 import mmtok
 from mmtok import media
 from mmtok.documents import Audio, Image, Text
+from mmtok.errors import ConfigError, DataError
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.training.corpus import read_manifest
 from mmtok.training.lm import SequenceLoss
@@ -63,7 +64,7 @@ def variants(pixels: np.ndarray) -> list[np.ndarray]:
 
 def spellings(name: str) -> list[str]:
     """The ways in which a user may write a name; the second is the one that the model answers with."""
-    plain = name[0].lower() + name[1:] if name[1:2].islower() or name[1:2] == " " else name
+    plain = name[:1].lower() + name[1:] if name[1:2].islower() or name[1:2] == " " else name
     words = plain.split(" ", 1)
     bare = words[1] if len(words) == 2 and words[0] in ("a", "an", "the", "some") else plain
     return [name, plain, plain, bare, name + "."]
@@ -112,6 +113,8 @@ def load_concepts(data: Path, split: str, mm: MultimodalTokenizer, voice: str) -
     documents = list(read_manifest(data))
     voiced = any("voice" in s for d in documents for s in d["segments"])
     wanted = [d for d in documents if d["split"] in ((split, "pair-test") if split == "train" else (split,))]
+    if not wanted:
+        raise DataError(f"{data}: no document in split {split!r} ({len(documents)} in all splits)")
     return [
         Concept(d, data.parent, mm, voice, voiced, names_only=d["split"] == "pair-test")
         for d in track(wanted, f"encoding {split}")
@@ -152,7 +155,11 @@ def main() -> None:
     device = prepare_torch(config)
 
     # The vocabulary: one registry over the three tokenizers.
-    tokenizers = {Path(p).name: mmtok.load(p) for p in (args.text, args.image, args.audio)}
+    paths = [Path(p) for p in (args.text, args.image, args.audio)]
+    names = [p.parent.name if p.name == "model" else p.name for p in paths]  # runs/mine/model is "mine"
+    if len(set(names)) < len(names):
+        raise ConfigError(f"got tokenizers named {', '.join(names)}, expected directories with three different names")
+    tokenizers = {name: mmtok.load(p) for name, p in zip(names, paths, strict=True)}
     mm = MultimodalTokenizer.create(tokenizers, audio_levels=LEVELS)
     shape = TransformerConfig(
         vocab_size=mm.registry.padded_size, hidden_size=256, intermediate_size=640, num_hidden_layers=7,
@@ -165,13 +172,16 @@ def main() -> None:
     shares /= shares.sum()
 
     def batch(concepts: list[Concept], r: np.random.Generator) -> tuple[Tensor, ...]:
-        room, documents, starts = config.batch_size * LENGTH * 0.94, [], []
+        room, documents, starts, missed = config.batch_size * LENGTH * 0.94, [], [], 0
         while True:
             drawn = exchange(mm, concepts[r.integers(len(concepts))], kinds[r.choice(len(kinds), p=shares)], r)
             if drawn is None:
+                missed += 1
+                if missed == 10_000:
+                    raise DataError(f"{args.data}: no exchange of at most {LENGTH} ids can be made of its documents")
                 continue
-            room -= len(drawn[0])
-            if room < 0:
+            missed, room = 0, room - len(drawn[0])
+            if room < 0 and documents:
                 break
             documents.append(drawn[0])
             starts.append(drawn[1])
@@ -189,7 +199,7 @@ def main() -> None:
         return value, {"loss": value.item(), **parts}
 
     # Evaluation: loss on concepts never seen, and the answers to the same few names, to look at and listen to.
-    shown = [train[i] for i in np.random.default_rng(1).permutation(len(train)) if train[i].answer["audio"]][:8]
+    shown = [train[i] for i in np.random.default_rng(1).permutation(len(train)) if all(train[i].answer.values())][:8]
     sampling = {
         "text": Sampling(temperature=0.0),
         "image": Sampling(temperature=0.5),
@@ -217,6 +227,8 @@ def main() -> None:
 
     fit(model, config, args.out, loss, evaluate, "any-to-any")
     model.save(args.out / "model", mm.registry.to_json(), dtype=torch.bfloat16)
+    for name, tokenizer in tokenizers.items():  # MultimodalTokenizer.load looks for them beside the model
+        tokenizer.save(args.out / name)
     print(f"wrote {args.out / 'model'}")
 
 

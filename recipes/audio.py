@@ -135,7 +135,9 @@ def main() -> None:
                         args.out / "samples" / f"{step:06}-{levels}-{i}.wav", y[0].numpy(), shape.sample_rate
                     )
                     media.write_audio(args.out / "samples" / f"original-{i}.wav", x[0].numpy(), shape.sample_rate)
-            out |= {f"val_stoi_{levels}": float(np.mean(scores)), f"val_loss_{levels}": float(np.mean(distances))}
+            if scores:
+                out[f"val_stoi_{levels}"] = float(np.mean(scores))
+            out[f"val_loss_{levels}"] = float(np.mean(distances))
         out["val_usage_first"] = float((counts[0] > 0).float().mean())
         out["val_usage_last"] = float((counts[-1] > 0).float().mean())
         return out

@@ -236,16 +236,14 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopC
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = value
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, entry in state.items():
-        shape = parameters[index].shape if index < len(parameters) else None
-        if (
-            entry.keys() != {"step", "exp_avg", "exp_avg_sq"}
-            or not entry["exp_avg"].shape == entry["exp_avg_sq"].shape == shape
-        ):
-            raise CheckpointError(f"{path}: optimizer.{index} does not fit the model; remove it to start anew")
-        for name in ("exp_avg", "exp_avg_sq"):  # as their parameter lies in memory (channels last): same kernels
-            entry[name] = torch.empty_like(parameters[index]).copy_(entry[name])
+    moments = ("exp_avg", "exp_avg_sq")
+    parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    for number, entry in state.items():
+        shape = parameters[number].shape if number < len(parameters) else None
+        if entry.keys() != {"step", *moments} or any(entry[name].shape != shape for name in moments):
+            raise CheckpointError(f"{path}: optimizer.{number} does not fit the model; remove it to start anew")
+        for name in moments:  # as their parameter lies in memory (channels last): same kernels
+            entry[name] = torch.empty_like(parameters[number]).copy_(entry[name])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     torch.set_rng_state(chance)
     if "rng.cuda" in tensors and torch.cuda.is_available():

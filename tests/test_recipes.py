@@ -1,0 +1,328 @@
+"""Every recipe, end to end on a few tiny files, interrupted and resumed; what it leaves can be loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import mmtok
+from mmtok.audio import SpectralCodec
+from mmtok.errors import ConfigError, DataError
+from mmtok.image import ImageVQVAE
+from mmtok.multimodal import MultimodalTokenizer
+from mmtok.text import ByteLevelBPE
+from mmtok.training.corpus import split_of
+from mmtok.transformer import Transformer
+
+RECIPES = Path(__file__).resolve().parent.parent / "recipes"
+RATE = 8000
+SCHEDULE = ["steps=3", "batch_size=2", "warmup=1", "eval_every=3", "save_every=2"]
+IMAGE = ["channels=8", "blocks=1", "codebook_size=16", "codebook_dim=4", "downsample=16"]
+AUDIO = [
+    f"sample_rate={RATE}", "hop=400", "window=512", "mels=20", "dim=8", "encoder_blocks=1", "decoder_blocks=1",
+    "levels=4", "codebook_size=8", "codebook_dim=4",
+]  # fmt: skip
+MODEL = [
+    "hidden_size=16", "intermediate_size=16", "num_hidden_layers=1", "num_attention_heads=2", "num_key_value_heads=1",
+    "head_dim=8", "max_position_embeddings=1024",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def recipe(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *args: object, die_at: int | None = None) -> ModuleType:
+    """Run a recipe as the command line does; with ``die_at`` it is interrupted when that step draws its batch."""
+    module = recipe(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        if die_at is None:
+            module.main()
+            return module
+        rng = module.rng
+
+        def dying(config, step):
+            if step == die_at:
+                raise KeyboardInterrupt
+            return rng(config, step)
+
+        patch.setattr(module, "rng", dying)
+        with pytest.raises(KeyboardInterrupt):
+            module.main()
+    return module
+
+
+def same_run(a: Path, b: Path) -> None:
+    one, two = load_file(a / "state.safetensors"), load_file(b / "state.safetensors")
+    assert one.keys() == two.keys()
+    assert not [k for k in one if not torch.equal(one[k], two[k])]
+    logs = [[json.loads(x) for x in (r / "metrics.jsonl").read_text().splitlines()] for r in (a, b)]
+    for line in (*logs[0], *logs[1]):
+        del line["steps_per_s"]
+    assert logs[0] == logs[1]
+    assert logs[0][-1]["step"] == 3
+    for name in ("config.json", "model.safetensors", "mmtok.json"):
+        assert (a / "model" / name).read_bytes() == (b / "model" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """A folder of pictures, sounds and texts, and a manifest that joins them: three concepts to train on, one held out.
+
+    The folder also holds what real folders hold: files that cannot be read.
+    """
+    root = tmp_path_factory.mktemp("corpus")
+    (root / "things").mkdir()
+    r = np.random.default_rng(0)
+    concepts = []
+    for split, count in (("train", 3), ("val", 1)):
+        found = (f"things/{w}{i}" for i in range(1000) for w in ("cow", "hen"))
+        concepts += [(split, k) for k in [k for k in found if split_of(k) == split][:count]]
+    lines = []
+    for i, (split, key) in enumerate(concepts):
+        pixels = np.full((40, 30 + 20 * i, 4), 255, np.uint8)
+        pixels[5:30, 5:25, :3] = r.integers(0, 256, 3)
+        Image.fromarray(pixels).save(root / f"{key}.png")
+        t = np.arange(int(RATE * 0.6)) / RATE
+        wave = 0.4 * np.sin(2 * np.pi * (200 + 150 * i) * t) + 0.02 * r.standard_normal(len(t))
+        soundfile.write(root / f"{key}.joe.wav", wave.astype(np.float32), RATE)
+        soundfile.write(root / f"{key}.wav", wave[: RATE // 4].astype(np.float32), RATE)
+        (root / f"{key}.txt").write_text(f"A red cow number {i}, with horns. " * 3, encoding="utf-8")
+        segments = [
+            {"type": "text", "text": f"a red cow {i}"},
+            {"type": "text", "text": f"une vache rouge {i}"},
+            {"type": "image", "path": f"{key}.png"},
+            {"type": "audio", "path": f"{key}.joe.wav", "voice": "joe"},
+            {"type": "audio", "path": f"{key}.wav", "voice": "other"},
+        ]
+        lines.append({"id": key, "split": split, "source": "speech", "segments": segments})
+    lines.append({**lines[0], "id": "named", "split": "pair-test"})
+    (root / "all.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8")
+    (root / "broken.png").write_bytes(b"not a picture")
+    (root / "broken.wav").write_bytes(b"not a sound")
+    return root
+
+
+@pytest.fixture(scope="module")
+def made(corpus, tmp_path_factory) -> dict[str, Path]:
+    """The runs of the three tokenizer recipes: text and image from the folder, audio from the manifest."""
+    out = tmp_path_factory.mktemp("made")
+    runs = {m: out / m for m in ("text", "image", "audio")}
+    run("text", "--data", corpus, "--out", runs["text"], "--vocab-size", 280)
+    run("image", "--data", corpus, "--out", runs["image"], "--set", *SCHEDULE, "--model", *IMAGE)
+    run("audio", "--data", corpus / "all.jsonl", "--out", runs["audio"], "--set", *SCHEDULE, "--model", *AUDIO)
+    return runs
+
+
+def test_text(made, corpus, tmp_path):
+    model = mmtok.load(made["text"] / "model")
+    assert isinstance(model, ByteLevelBPE)
+    assert 256 < model.codebook_sizes[0] <= 280
+    text = "A red cow, ünd 🐄"
+    assert model.decode(model.encode([text])) == [text]
+    run("text", "--data", corpus / "all.jsonl", "--out", tmp_path, "--vocab-size", 260)
+    assert mmtok.load(tmp_path / "model").codebook_sizes == (260,)
+
+
+def test_image(made, corpus, tmp_path):
+    model = mmtok.load(made["image"] / "model")
+    assert isinstance(model, ImageVQVAE)
+    assert model.config.codebook_size == 16
+    assert model.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 4, 4)
+    (line,) = [json.loads(x) for x in (made["image"] / "metrics.jsonl").read_text().splitlines()]
+    assert {"val_psnr", "val_ssim", "val_usage", "val_perplexity", "loss", "lr"} <= line.keys()
+    arguments = ("--data", corpus, "--out", tmp_path / "again", "--set", *SCHEDULE, "--model", *IMAGE)
+    run("image", *arguments, die_at=2)
+    assert not (tmp_path / "again" / "model").exists()
+    run("image", *arguments)
+    same_run(made["image"], tmp_path / "again")
+
+
+def test_image_in_float32_from_a_manifest(corpus, tmp_path):
+    for name, die_at in (("a", None), ("b", 2)):
+        arguments = ("--data", corpus / "all.jsonl", "--out", tmp_path / name, "--model", *IMAGE, "--set", *SCHEDULE)
+        if die_at:
+            run("image", *arguments, "bf16=false", die_at=die_at)
+        run("image", *arguments, "bf16=false")
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_audio(made, corpus, tmp_path):
+    model = mmtok.load(made["audio"] / "model")
+    assert isinstance(model, SpectralCodec)
+    assert model.encode(torch.zeros(1, 1, RATE)).shape == (1, 4, 20)
+    (line,) = [json.loads(x) for x in (made["audio"] / "metrics.jsonl").read_text().splitlines()]
+    assert {"val_stoi_4", "val_loss_2", "val_usage_first"} <= line.keys()
+    assert sorted(p.name for p in (made["audio"] / "samples").iterdir())[:2] == ["000003-2-0.wav", "000003-2-1.wav"]
+    arguments = ("--data", corpus / "all.jsonl", "--out", tmp_path / "again", "--set", *SCHEDULE, "--model", *AUDIO)
+    run("audio", *arguments, die_at=2)
+    run("audio", *arguments)
+    same_run(made["audio"], tmp_path / "again")
+
+
+def test_audio_from_a_folder_of_short_sounds(corpus, tmp_path):
+    """Too short for STOI: the log says nothing of it rather than NaN."""
+    short = tmp_path / "short"
+    (short / "things").mkdir(parents=True)
+    for wav in corpus.rglob("*.wav"):
+        if ".joe" not in wav.name:
+            (short / wav.relative_to(corpus)).write_bytes(wav.read_bytes())
+    run("audio", "--data", short, "--out", tmp_path / "run", "--set", *SCHEDULE, "steps=1", "--model", *AUDIO)
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert "val_stoi_4" not in json.loads(text)
+    mmtok.load(tmp_path / "run" / "model")
+
+
+def any_to_any(made, corpus, out, manifest="all.jsonl", more=(), **kwargs):
+    tokenizers = [x for m in ("text", "image", "audio") for x in (f"--{m}", made[m] / "model")]
+    arguments = ("--data", corpus / manifest, "--out", out, *tokenizers, "--model", *MODEL, "--set", *SCHEDULE, *more)
+    return run("any_to_any", *arguments, **kwargs)
+
+
+def test_any_to_any(made, corpus, tmp_path):
+    any_to_any(made, corpus, tmp_path / "a")
+    model = Transformer.load(tmp_path / "a" / "model")
+    mm = MultimodalTokenizer.load(tmp_path / "a" / "model")
+    assert model.registry is not None
+    assert model.registry.fingerprint == mm.registry.fingerprint
+    assert list(mm.tokenizers) == ["text", "image", "audio"]
+    for modality, tokenizer in mm.tokenizers.items():
+        assert tokenizer.fingerprint == mmtok.load(made[modality] / "model").fingerprint
+    ids = torch.tensor(mm.prompt([mmtok.Text("a red cow")]))[None]
+    assert torch.isfinite(model(ids)).all()
+    any_to_any(made, corpus, tmp_path / "b", die_at=2)
+    any_to_any(made, corpus, tmp_path / "b")
+    same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_any_to_any_of_documents_that_lack_parts(made, corpus, tmp_path):
+    """Without recordings nothing is spoken; without anything to answer with, training says so instead of waiting."""
+    documents = [json.loads(x) for x in (corpus / "all.jsonl").read_text().splitlines()]
+    for name, kept in (("silent", ("text", "image")), ("mute", ())):
+        lines = [{**d, "segments": [s for s in d["segments"] if s["type"] in kept]} for d in documents]
+        (tmp_path / "m.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+        for d in lines:
+            for s in d["segments"]:
+                if "path" in s and not (tmp_path / s["path"]).exists():
+                    (tmp_path / s["path"]).parent.mkdir(exist_ok=True)
+                    (tmp_path / s["path"]).write_bytes((corpus / s["path"]).read_bytes())
+        if kept:
+            any_to_any(made, tmp_path, tmp_path / name, manifest="m.jsonl", more=["steps=1", "batch_size=1"])
+            assert Transformer.load(tmp_path / name / "model").config.hidden_size == 16
+        else:
+            with pytest.raises(DataError, match="no exchange of at most 512 ids"):
+                any_to_any(made, tmp_path, tmp_path / name, manifest="m.jsonl")
+    (tmp_path / "m.jsonl").write_text(json.dumps({**documents[0], "segments": []}))
+    with pytest.raises(DataError, match=r"no document in split 'val' \(1 in all splits\)"):
+        any_to_any(made, tmp_path, tmp_path / "none", manifest="m.jsonl")
+    with pytest.raises(ConfigError, match="three different names"):
+        run("any_to_any", "--text", tmp_path / "a" / "x", "--image", tmp_path / "b" / "x", "--out", tmp_path)
+
+
+# --- parts
+
+
+def test_spellings():
+    module = recipe("any_to_any")
+    assert module.spellings("A cow") == ["A cow", "a cow", "a cow", "cow", "A cow."]
+    assert module.spellings("USA") == ["USA", "USA", "USA", "USA", "USA."]
+    assert module.spellings("X") == ["X", "X", "X", "X", "X."]
+    assert module.spellings("") == ["", "", "", "", "."]
+
+
+def test_variants_are_pictures_of_one_size():
+    module = recipe("any_to_any")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64), np.uint8)
+    made = module.variants(pixels)
+    assert len(made) == 4
+    assert all(x.shape == pixels.shape and x.dtype == np.uint8 for x in made)
+    assert (made[0] == pixels).all()
+    assert (made[1][:, :, ::-1] == pixels).all()
+    assert (made[3][:, :5] == 255).all()
+
+
+def test_spectral_loss():
+    module = recipe("audio")
+    loss = module.SpectralLoss(RATE)
+    x = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)) * 0.1
+    assert loss(x, x).item() == 0
+    assert 0 < loss(0.9 * x, x) < loss(0.5 * x, x) < loss(torch.zeros_like(x), x)
+
+
+def test_wrong_arguments(corpus, tmp_path):
+    with pytest.raises(ConfigError, match="did you mean 'steps'"):
+        run("image", "--data", corpus, "--out", tmp_path, "--set", "step=3")
+    with pytest.raises(DataError, match=r"cannot read the manifest"):
+        run("image", "--data", tmp_path / "none.jsonl", "--out", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no audio in split 'train'"):
+        run("audio", "--data", tmp_path / "empty", "--out", tmp_path)
+
+
+def test_prepare_parts(tmp_path):
+    module = recipe("prepare")
+    (tmp_path / "a.txt").write_text("A  big\tcow.\nfr.utf8=Une vache.\n", encoding="utf-8")
+    assert module.name_of(tmp_path / "a.txt") == "A big cow"
+    (tmp_path / "b.txt").write_text("")
+    assert module.name_of(tmp_path / "b.txt") == ""
+    silence, tone = np.zeros(8000, np.float32), np.ones(800, np.float32)
+    assert len(module.trim(np.concatenate([silence, tone, silence]), 8000)) == 800 + 2 * 480 - 1
+    assert len(module.trim(silence, 8000)) == 8000
+    assert len(module.trim(np.zeros(0, np.float32), 8000)) == 0
+    assert module.seconds_of(tmp_path / "a.txt") == 0
+    soundfile.write(tmp_path / "s.wav", silence, 8000)
+    assert module.seconds_of(tmp_path / "s.wav") == 1
+
+
+def test_prepared_manifest_of_concepts(tmp_path):
+    module = recipe("prepare")
+    corpora = tmp_path / "corpora"
+    stamps, speech = corpora / module.STAMPS / "animals", tmp_path / "speech-en" / "animals"
+    stamps.mkdir(parents=True)
+    speech.mkdir(parents=True)
+    Image.new("RGBA", (4, 4)).save(stamps / "cow.png")
+    (stamps / "cow.txt").write_text("A cow.\nfr.utf8=Une vache.\n", encoding="utf-8")
+    (stamps / "hen.txt").write_text("A hen without a picture.\n", encoding="utf-8")
+    soundfile.write(speech / "cow.joe.wav", np.zeros(4000, np.float32), 8000)
+    soundfile.write(stamps / "cow_desc.ogg", np.zeros(4000, np.float32), 8000, format="OGG")
+    names = {"animals/cow": "A cow", "animals/hen": "A hen without a picture"}
+    (line,) = module.trimodal_manifest(tmp_path, corpora, names)
+    assert line["id"] == "animals/cow"
+    assert line["split"] == "train"
+    assert [(s["type"], s.get("text"), s.get("voice")) for s in line["segments"]] == [
+        ("text", "A cow", None), ("text", "Une vache", None), ("image", None, None), ("audio", None, "joe"),
+        ("audio", None, "human"),
+    ]  # fmt: skip
+    assert all((tmp_path / s["path"]).is_file() for s in line["segments"] if "path" in s)
+    sounds = module.audio_manifest(tmp_path, corpora)
+    assert [(s["id"], s["source"], s["seconds"]) for s in sounds] == [
+        ("stamps/animals/cow_desc", "speech", 0.5),
+        ("speech-en/animals/cow.joe.wav", "synthetic speech", 0.5),
+    ]
+    (picture,) = module.image_manifest(tmp_path, corpora)
+    assert (picture["id"], picture["split"]) == ("tuxpaint-stamps-default/animals/cow", split_of("animals/cow"))
