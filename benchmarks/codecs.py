@@ -1,8 +1,8 @@
 """Figures of the bundled tokenizers on the test split, beside hand-made codecs on the same files in the same run.
 
-    python benchmarks/tokenizers.py --data data
+    python benchmarks/codecs.py --data data
 
-Writes benchmarks/results/tokenizers.json. The only script that reads the test split of images, sounds and texts.
+Writes benchmarks/results/codecs.json. The only script that reads the test split of images, sounds and texts.
 Image peers: WebP and AVIF over one mosaic of all pictures, so that headers do not count; the setting nearest in bits.
 Audio peer: Opus at its lowest rate through libsndfile, payload without the Ogg pages' headers.
 """
@@ -31,7 +31,7 @@ from mmtok.evaluation.metrics import code_histogram, codebook_usage, log_mel_dis
 from mmtok.evaluation.roundtrip import roundtrip_audio
 from mmtok.training.corpus import items
 
-RESULTS = Path(__file__).resolve().parent / "results" / "tokenizers.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "codecs.json"
 
 
 def text_figures(data: Path) -> dict:

@@ -1,0 +1,134 @@
+"""The bundled checkpoints are the ones that were measured: fingerprints, golden codes, size, and what they can do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import mmtok
+from mmtok.checkpoints import bundled_directory
+from mmtok.evaluation.metrics import psnr, stoi
+from mmtok.multimodal import MultimodalTokenizer
+
+NAMES = ("text-4k", "image-64-f8", "audio-16k", "any-to-any")
+FINGERPRINTS = {
+    "text-4k": "089043c5db97712fdfc1f566d8d561d4432e998b9cb3f50657c8085e6405d8fb",
+    "image-64-f8": "6b9709c53b717e6524545e906d825a5daffa406cedb15475be6f564d628b4367",
+    "audio-16k": "5c88787802f28b39fafb2dfaeb76b6f06cc5cfaafbbe2cf96319ef776d6375e5",
+}
+
+
+def picture() -> np.ndarray:
+    """A red disc on a gradient, uint8 [3, 64, 64]."""
+    y, x = np.mgrid[0:64, 0:64]
+    disc = ((y - 32) ** 2 + (x - 32) ** 2 < 400)[None]
+    ground = np.stack([255 - x, 255 - y // 2, x * 0 + 240])
+    return np.where(disc, np.array([220, 40, 30])[:, None, None], ground).astype(np.uint8)
+
+
+def chirp() -> np.ndarray:
+    """A rising tone, float32 [1, 9600] at 16 kHz."""
+    t = np.arange(9600) / 16_000
+    return (0.5 * np.sin(2 * np.pi * (150 + 400 * t) * t) * np.hanning(9600)).astype(np.float32)[None]
+
+
+@pytest.mark.parametrize("name", FINGERPRINTS)
+def test_fingerprint(name: str) -> None:
+    assert mmtok.load(name).fingerprint == FINGERPRINTS[name]
+
+
+def test_golden_text_ids() -> None:
+    ids = mmtok.load("text-4k").encode(["a cow", "Une vache à l’école 🐄 <image>"])
+    assert ids[0].tolist() == [64, 416, 86]
+    assert ids[1].tolist() == [
+        2077, 372, 64, 732, 220, 1031, 293, 2662, 638, 360, 275, 220, 172, 253, 238, 226, 478, 452, 686, 29
+    ]  # fmt: skip
+
+
+# Another processor may add in another order: a code or two may fall to its neighbour, not more.
+def test_golden_image_codes() -> None:
+    codes = mmtok.load("image-64-f8").encode(torch.from_numpy(picture())[None])[0].numpy()
+    golden = [
+        [798, 726, 798, 14, 815, 961, 421, 839], [652, 218, 471, 445, 445, 973, 46, 512],
+        [896, 588, 251, 986, 986, 843, 829, 330], [156, 463, 253, 253, 253, 986, 118, 815],
+        [167, 463, 843, 253, 253, 986, 467, 1001], [362, 508, 843, 253, 253, 986, 177, 512],
+        [345, 296, 891, 337, 337, 345, 257, 853], [498, 345, 880, 296, 107, 676, 676, 50],
+    ]  # fmt: skip
+    assert (codes == np.array(golden)).mean() > 0.95
+
+
+def test_golden_audio_codes() -> None:
+    codes = mmtok.load("audio-16k").encode(torch.from_numpy(chirp())[None])[0].numpy()
+    assert codes.shape == (8, 30)
+    golden = [
+        [742, 742, 635, 635, 251, 251, 251, 807, 807, 807], [688, 39, 877, 959, 84, 84, 84, 84, 84, 499],
+        [659, 747, 832, 832, 909, 92, 630, 73, 1009, 24], [544, 45, 917, 697, 716, 323, 323, 239, 239, 628],
+    ]  # fmt: skip
+    assert (codes[:4, 10:20] == np.array(golden)).mean() > 0.85
+
+
+def test_a_picture_stays_recognisable() -> None:
+    tokenizer = mmtok.load("image-64-f8")
+    x = torch.from_numpy(picture())[None]
+    assert psnr(x.float() / 255, tokenizer.decode(tokenizer.encode(x)).float() / 255)[0] > 20
+
+
+def test_a_sound_stays_intelligible() -> None:
+    codec = mmtok.load("audio-16k")
+    x = torch.from_numpy(chirp())[None]
+    assert stoi(x, codec.decode(codec.encode(x), x.shape[-1]), 16_000)[0] > 0.5
+
+
+def test_rows_do_not_depend_on_their_batch() -> None:
+    image, audio = mmtok.load("image-64-f8"), mmtok.load("audio-16k")
+    x = torch.from_numpy(np.stack([picture(), picture()[:, ::-1].copy(), 255 - picture()]))
+    assert torch.equal(image.encode(x)[1], image.encode(x[1:2])[0])
+    y = torch.from_numpy(np.stack([chirp(), chirp()[:, ::-1].copy()]))
+    assert torch.equal(audio.encode(y)[1], audio.encode(y[1:])[0])
+
+
+def test_the_model_belongs_to_the_tokenizers() -> None:
+    mm = MultimodalTokenizer.load("any-to-any")  # checks every fingerprint
+    assert {t.name: t.fingerprint for t in mm.registry.tokenizers} == FINGERPRINTS
+
+
+def test_size_and_cards() -> None:
+    home = bundled_directory()
+    assert sorted(p.parent.name for p in home.glob("*/mmtok.json")) == sorted(NAMES)
+    assert sum(p.stat().st_size for p in home.rglob("*") if p.is_file()) < 24 * 2**20
+    for name in NAMES:
+        card = (home / name / "README.md").read_text(encoding="utf-8")
+        for heading in ("## Data", "## Training", "## Figures", "## Limits"):
+            assert heading in card, (name, heading)
+
+
+def test_cards_quote_the_benchmarks() -> None:
+    """Every figure in a card's table of figures stands in benchmarks/results."""
+    home = Path(__file__).resolve().parent.parent
+    results = [json.loads(p.read_text()) for p in sorted((home / "benchmarks" / "results").glob("*.json"))]
+    numbers = {json.dumps(x) for x in _numbers(results)}
+    for name in NAMES:
+        section = (
+            (home / "pretrained" / name / "README.md")
+            .read_text(encoding="utf-8")
+            .split("## Figures")[1]
+            .split("\n## ")[0]
+        )
+        rows = [line for line in section.splitlines() if line.startswith("|") and any(c.isdigit() for c in line)]
+        assert rows, name
+        for row in rows:
+            for cell in row.strip("|").split("|")[1:]:
+                if cell.strip() not in ("", "-"):
+                    assert cell.strip() in numbers, (name, row, cell)
+
+
+def _numbers(value: object) -> list[float]:
+    if isinstance(value, dict):
+        return [n for v in value.values() for n in _numbers(v)]
+    if isinstance(value, list):
+        return [n for v in value for n in _numbers(v)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
