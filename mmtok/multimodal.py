@@ -136,10 +136,8 @@ class MultimodalTokenizer:
                 spec = self.registry.tokenizer("audio")
                 mono = media.resample(samples.mean(0, keepdims=True), rate, int(spec.properties["sample_rate"]))
                 x = torch.from_numpy(np.ascontiguousarray(mono, np.float32))[None]
-                codec = self._tokenizer("audio")
-                if len(spec.codebook_sizes) < len(codec.codebook_sizes):
-                    return codec.encode(x, levels=len(spec.codebook_sizes))[0].numpy()
-                return codec.encode(x)[0].numpy()
+                # The first levels of a residual codec do not depend on how many follow.
+                return self._tokenizer("audio").encode(x)[0, : len(spec.codebook_sizes)].numpy()
 
     def fit(self, segment: Segment, image_size: int | None = None) -> Segment:
         """The segment as ``encode`` takes it: an image is fitted into a square of ``image_size`` pixels on white, or,
