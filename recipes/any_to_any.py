@@ -3,9 +3,10 @@
     python recipes/any_to_any.py --data data/trimodal.jsonl --out runs/any-to-any \
         --text pretrained/text-4k --image pretrained/image-64-f8 --audio pretrained/audio-16k
 
---data is a manifest whose documents describe one thing in several modalities; the first text of a document is its name,
-further texts are translations. A segment may carry "voice": then --voice says whose recordings are answers; all others
-are only heard. A killed run continues where it was when the same command is given again.
+--data is a manifest whose documents describe one thing in several modalities, or a folder in which files of one stem
+(cow.txt, cow.png, cow.wav) do. The first text of a document is its name, further texts are translations. A segment may
+carry "voice": then --voice says whose recordings are answers; all others are only heard. A killed run continues where
+it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mmtok import media
 from mmtok.documents import Audio, Image, Text
 from mmtok.errors import ConfigError, DataError
 from mmtok.multimodal import MultimodalTokenizer
-from mmtok.training.corpus import read_manifest
+from mmtok.training.corpus import read_folder, read_manifest
 from mmtok.training.lm import SequenceLoss
 from mmtok.training.loop import LoopConfig, fit, prepare_torch, rng
 from mmtok.transformer import Request, Sampling, Transformer, TransformerConfig, generate
@@ -110,13 +111,13 @@ class Concept:
 
 def load_concepts(data: Path, split: str, mm: MultimodalTokenizer, voice: str) -> list[Concept]:
     """Encode the documents of a split. Of a pair-test document the recordings are left out of training."""
-    documents = list(read_manifest(data))
+    documents = list(read_folder(data) if data.is_dir() else read_manifest(data))
     voiced = any("voice" in s for d in documents for s in d["segments"])
     wanted = [d for d in documents if d["split"] in ((split, "pair-test") if split == "train" else (split,))]
     if not wanted:
         raise DataError(f"{data}: no document in split {split!r} ({len(documents)} in all splits)")
     return [
-        Concept(d, data.parent, mm, voice, voiced, names_only=d["split"] == "pair-test")
+        Concept(d, data if data.is_dir() else data.parent, mm, voice, voiced, names_only=d["split"] == "pair-test")
         for d in track(wanted, f"encoding {split}")
     ]
 

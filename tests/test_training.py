@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from mmtok.errors import CheckpointError, ConfigError, DataError
 from mmtok.grammar import Grammar
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
-from mmtok.training.corpus import bucket, items, read_manifest, split_of
+from mmtok.training.corpus import bucket, items, read_folder, read_manifest, split_of
 from mmtok.training.data import load_audio, load_images
 from mmtok.training.lm import SequenceLoss
 from mmtok.training.loop import LOG, STATE, LoopConfig, fit, rng
@@ -432,3 +432,19 @@ def test_loss_without_targets_is_zero_and_differentiable():
 if __name__ == "__main__":
     torch.set_num_threads(1)
     train(Path(sys.argv[1]), die_at=4, die=lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def test_files_of_one_stem_are_one_document(tmp_path: Path) -> None:
+    (tmp_path / "farm").mkdir()
+    (tmp_path / "farm" / "cow.txt").write_text("a cow", encoding="utf-8")
+    for name in ("farm/cow.png", "farm/cow.wav", "hen.png", "farm/readme.pdf"):
+        (tmp_path / name).write_bytes(b"x")
+    cow, hen = read_folder(tmp_path)
+    assert cow["id"] == "farm/cow"
+    assert cow["split"] == split_of("farm/cow")
+    assert {s["type"]: s["path"] for s in cow["segments"]} == {
+        m: str(Path("farm") / f"cow.{x}") for m, x in (("image", "png"), ("text", "txt"), ("audio", "wav"))
+    }
+    assert next(s["text"] for s in cow["segments"] if s["type"] == "text") == "a cow"
+    assert [s["type"] for s in hen["segments"]] == ["image"]
+    assert [d["id"] for d in read_folder(tmp_path, ("audio",))] == ["farm/cow"]

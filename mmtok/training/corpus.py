@@ -5,7 +5,7 @@ A manifest is JSONL, one document a line, paths relative to the manifest:
     {"id": "cow", "split": "train",
      "segments": [{"type": "text", "text": "a cow"}, {"type": "image", "path": "cow.png"}]}
 
-A folder is read as if every image or sound in it were one document.
+In a folder, files that differ in their suffix alone are one document.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,27 +85,41 @@ def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
             yield document
 
 
+def read_folder(folder: Path, modalities: Sequence[str] = tuple(SUFFIXES)) -> Iterator[dict[str, Any]]:
+    """A folder as documents: files that differ in their suffix alone (cow.png, cow.wav, cow.txt) are one document.
+
+    Args:
+        folder: searched to the bottom.
+        modalities: which files are looked at.
+    """
+    together: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        modality = next((m for m in modalities if path.suffix.lower() in SUFFIXES[m]), None)
+        if modality is None:
+            continue
+        relative = path.relative_to(folder)
+        segment = {"type": modality, "path": str(relative)}
+        if modality == "text":
+            segment["text"] = path.read_text(encoding="utf-8", errors="ignore")
+        together.setdefault(relative.with_suffix("").as_posix(), []).append(segment)
+    for key, segments in together.items():
+        yield {"id": key, "split": split_of(key), "source": folder.name, "segments": segments}
+
+
 def items(source: Path, modality: str, split: str) -> list[Item]:
     """Every segment of one modality in one split of a manifest (a file) or a folder.
 
     Raises:
         DataError: there is none.
     """
-    out: list[Item] = []
-    if source.is_dir():
-        for path in sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES[modality] and p.is_file()):
-            relative = path.relative_to(source)
-            key = relative.with_suffix("").as_posix()
-            segment = {"type": modality, "path": str(relative)}
-            if modality == "text":
-                segment["text"] = path.read_text(encoding="utf-8", errors="ignore")
-            out.append(Item(key, split_of(key), source.name, segment, source))
-    else:
-        for document in read_manifest(source):
-            for segment in document["segments"]:
-                if segment["type"] == modality:
-                    kind = str(document.get("source", ""))
-                    out.append(Item(str(document["id"]), str(document["split"]), kind, segment, source.parent))
+    folder = source.is_dir()
+    root = source if folder else source.parent
+    out = [
+        Item(document["id"], str(document["split"]), str(document.get("source", "")), segment, root)
+        for document in (read_folder(source, (modality,)) if folder else read_manifest(source))
+        for segment in document["segments"]
+        if segment["type"] == modality
+    ]
     chosen = [x for x in out if x.split == split]
     if not chosen:
         raise DataError(f"{source}: no {modality} in split {split!r} ({len(out)} in all splits)")

@@ -30,6 +30,7 @@ from mmtok.errors import CheckpointError, ConfigError, DataError
 
 STATE = "state.safetensors"
 LOG = "metrics.jsonl"
+HEARTBEAT_S = 30.0  # where the progress bar cannot be drawn, in a log file, a line this often
 
 Metrics = dict[str, float]
 
@@ -153,7 +154,7 @@ def fit(
     )
     with Progress(*columns, TextColumn("{task.fields[live]}"), console=console) as progress:
         bar = progress.add_task(description, total=config.steps, completed=step, live="")
-        started, shown = time.monotonic(), step
+        started, shown, spoken = time.monotonic(), step, time.monotonic()
         while step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = config.lr_at(step)
@@ -171,6 +172,9 @@ def fit(
             step += 1
             text = " ".join(f"{k} {v:.4g}" for k, v in {**live, "grad": float(norm)}.items())
             progress.update(bar, completed=step, live=text)
+            if not console.is_terminal and time.monotonic() - spoken > HEARTBEAT_S:
+                spoken = time.monotonic()
+                console.print(f"step {step} of {config.steps}: {text}", soft_wrap=True)
             last = step == config.steps
             if step % config.eval_every == 0 or last:
                 model.eval()
