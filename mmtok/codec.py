@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import safetensors.torch
 import torch
@@ -17,6 +19,22 @@ from mmtok.quantizers import Quantizer
 
 # Buffers of the EMA codebooks that only training needs: they stay out of the shipped files.
 TRAINING_ONLY = ("cluster_size", "embed_avg")
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+M = TypeVar("M", bound=nn.Module)
+
+
+def exact(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
+    """For encode and decode: no gradients, and the weights' own precision inside a caller's autocast block too."""
+
+    @functools.wraps(method)
+    def wrapped(self: M, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.inference_mode(), torch.autocast(next(self.parameters()).device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return wrapped
 
 
 class CodecModel(nn.Module):

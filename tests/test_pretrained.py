@@ -132,3 +132,12 @@ def _numbers(value: object) -> list[float]:
     if isinstance(value, list):
         return [n for v in value for n in _numbers(v)]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def test_a_callers_autocast_changes_nothing() -> None:
+    image, audio = mmtok.load("image-64-f8"), mmtok.load("audio-16k")
+    x, y = torch.from_numpy(picture())[None], torch.from_numpy(chirp())[None]
+    outside = image.encode(x), audio.encode(y), audio.decode(audio.encode(y))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = image.encode(x), audio.encode(y), audio.decode(audio.encode(y))
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))

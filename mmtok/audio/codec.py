@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchaudio.functional import melscale_fbanks
 
-from mmtok.codec import CodecModel
+from mmtok.codec import CodecModel, exact
 from mmtok.config import Config
 from mmtok.errors import ConfigError, MediaError, VocabularyError
 from mmtok.quantizers import Quantizer
@@ -174,7 +174,7 @@ class SpectralCodec(CodecModel):
         c = self.config
         return (levels or c.levels) * math.log2(c.codebook_size) * c.sample_rate / c.hop / 1000
 
-    @torch.inference_mode()
+    @exact
     def encode(self, samples: Tensor, levels: int | None = None) -> Tensor:
         """float32 [B, 1, T], -1..1, at ``sample_rate`` -> codes int64 [B, levels, ceil(T / hop)].
 
@@ -200,7 +200,7 @@ class SpectralCodec(CodecModel):
         padded = F.pad(samples[:, 0], (0, frames * self.config.hop - length))
         return torch.cat([self.quantizer.encode(self._analyse(row), levels) for row in padded.split(1)]).transpose(1, 2)
 
-    @torch.inference_mode()
+    @exact
     def decode(self, codes: Tensor, length: int | None = None) -> Tensor:
         """Codes int64 [B, L, F], the first L levels -> float32 [B, 1, F * hop], or cut to ``length`` samples.
 

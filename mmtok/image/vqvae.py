@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmtok.codec import CodecModel
+from mmtok.codec import CodecModel, exact
 from mmtok.config import Config
 from mmtok.errors import ConfigError, MediaError, VocabularyError
 from mmtok.quantizers import Quantizer
@@ -127,7 +127,7 @@ class ImageVQVAE(CodecModel):
         """What the registry keeps of this tokenizer: ``downsample``, in pixels."""
         return {"downsample": self.config.downsample}
 
-    @torch.inference_mode()
+    @exact
     def encode(self, pixels: Tensor) -> Tensor:
         """uint8 [B, 3, H, W], H and W multiples of ``downsample`` -> codes int64 [B, h, w].
 
@@ -151,7 +151,7 @@ class ImageVQVAE(CodecModel):
         empty = torch.zeros(0, height // f * (width // f), 1, dtype=torch.int64)
         return torch.cat(rows or [empty]).reshape(b, height // f, width // f)
 
-    @torch.inference_mode()
+    @exact
     def decode(self, codes: Tensor) -> Tensor:
         """Codes int64 [B, h, w] -> uint8 [B, 3, h * downsample, w * downsample].
 
