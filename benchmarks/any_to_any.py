@@ -1,6 +1,6 @@
 """The bundled any-to-any model: does everything decode, and are the answers right by judges that are not the model?
 
-    python benchmarks/any_to_any.py --data data
+    python -m pip install -e '.[benchmarks]' && python benchmarks/any_to_any.py --data data
 
 Writes benchmarks/results/any_to_any.json and, beside it, any_to_any.png: originals over answers.
 
@@ -9,6 +9,8 @@ Judges, with the score of real data beside each (the ceiling):
     image   nearest picture among all concepts of the trimodal corpus, by pixels at 16x16; ceiling: the codec's own copy
     speech  nearest recording among all names in the answering voice, by log-mel spectrum at 24 points of time;
             ceiling: another rendering of the same voice
+    understood   the name is recognised by pocketsphinx, with its own English model, among all names of words that it
+            knows; ceiling: the original recording, and the codec's copy at 8 and at 4 codebooks
 Chance is one in the number of candidates. Splits: `train` (recall), `pair-test` (speech never heard, picture and name
 known), `test` (nothing known).
 """
@@ -18,18 +20,20 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 from collections import Counter
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+from pocketsphinx import Decoder
 from rich.progress import track
 from torchaudio.transforms import MelSpectrogram
 
 from mmtok import media
 from mmtok.documents import Audio, Image, Text
-from mmtok.evaluation.roundtrip import roundtrip_image
+from mmtok.evaluation.roundtrip import roundtrip_audio, roundtrip_image
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.training.corpus import read_manifest
 from mmtok.transformer import Request, Sampling, Transformer, generate
@@ -106,6 +110,34 @@ class Judges:
                 return self.audio(samples)
 
 
+class Recogniser:
+    """pocketsphinx with a closed list of names: a judge of speech that no one here has trained."""
+
+    def __init__(self, concepts: list[Concept]) -> None:
+        self.decoder = Decoder(samprate=RATE, loglevel="FATAL", lm=None)
+        self.known = [c for c in concepts if self.words(c) and all(map(self.decoder.lookup_word, self.words(c)))]
+        self.names = sorted({" ".join(self.words(c)) for c in self.known})
+        self.decoder.add_jsgf_string("names", f"#JSGF V1.0; grammar n; public <n> = {' | '.join(self.names)} ;")
+        self.decoder.activate_search("names")
+
+    @staticmethod
+    def words(concept: Concept) -> list[str]:
+        return re.sub(r"[^a-z' ]", " ", concept.name.lower()).split()
+
+    def understands(self, concept: Concept, samples: np.ndarray) -> bool:
+        """Whether a recording, float32 [1, T], is heard as the concept's name."""
+        sound = np.pad(samples[0], RATE // 4)
+        pcm = (sound * 28_000 / max(1e-6, float(np.abs(sound).max()))).astype(np.int16)
+        self.decoder.start_utt()
+        self.decoder.process_raw(pcm.tobytes(), full_utt=True)
+        self.decoder.end_utt()
+        heard = self.decoder.hyp()
+        return heard is not None and heard.hypstr == " ".join(self.words(concept))
+
+    def score(self, concepts: list[Concept], recordings: list[np.ndarray]) -> float:
+        return round(float(np.mean([self.understands(c, r) for c, r in zip(concepts, recordings, strict=True)])), 3)
+
+
 class Answers:
     """The model, asked in batches."""
 
@@ -165,6 +197,22 @@ def main() -> None:
         "audio": np.mean([judges.of(Audio(c.voices["joe2"], RATE)) == c.name.lower() for c in train]),
         "text": 1.0,
     }
+    # 3. Speech that is understood.
+    recogniser = Recogniser(everything)
+    known = [c for c in [*chosen, *everything] if c in recogniser.known]
+    heard, unheard = (
+        list(dict.fromkeys(c for c in known if c.split == s))[: args.limit] for s in ("train", "pair-test")
+    )
+    sound = answers.mm.tokenizers[answers.mm.registry.tokenizer("audio").name]
+    originals = [Audio(c.voices["joe"], RATE) for c in heard]
+    understood = {"names": len(recogniser.names), "original": recogniser.score(heard, [x.samples for x in originals])}
+    for levels in (8, 4):
+        copies = [roundtrip_audio(sound, x, levels)[0].samples for x in originals]
+        understood[f"codec, {levels} codebooks"] = recogniser.score(heard, copies)
+    for split, members in (("train", heard), ("pair-test", unheard)):
+        made = answers.ask([c.question("text") for c in members], "audio", SAMPLING)
+        understood[f"text -> audio, {split}"] = recogniser.score(members, [m.samples for m in made])
+
     rows = [np.concatenate([p[k] for p in sheet[i : i + 16]], 2) for i in range(0, len(sheet), 16) for k in (0, 1)]
     media.write_image(RESULTS / "any_to_any.png", np.concatenate(rows, 1))
     figures = {
@@ -173,6 +221,7 @@ def main() -> None:
         "decoded_of_10_at_temperature_1": dict(decoded),
         "candidates": len(set(judges.names)),
         "top1": right,
+        "speech_understood": understood,
         "judge_on_real_data": {k: round(float(v), 3) for k, v in ceiling.items()},
     }
     (RESULTS / "any_to_any.json").write_text(json.dumps(figures, indent=2) + "\n")
