@@ -11,14 +11,11 @@ from __future__ import annotations
 import io
 import math
 import os
-import stat
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import soundfile
@@ -28,6 +25,8 @@ from scipy.signal import firwin, resample_poly
 
 from mmtok.checkpoints import atomic_write
 from mmtok.errors import MediaError
+from mmtok.sniffing import NOUN, check_complete, check_file, kind_and_size, one_line, os_call
+from mmtok.sniffing import PathLike as PathLike
 
 MAX_PIXELS = 64_000_000
 MAX_IMAGE_BYTES = 256 * 2**20
@@ -41,18 +40,8 @@ _PEAK_LIMIT = 8.0
 # Manifests give times rounded to milliseconds: an end this much past the last sample is the end.
 _END_TOLERANCE_S = 0.01
 _IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
-_SUFFIXES = {
-    "text": {".txt", ".md"},
-    "image": {".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp"},
-    "audio": {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3"},
-}
-_NOUN = {"text": "text", "image": "an image", "audio": "audio"}
-_KNOWN = "an image (png, jpeg, gif, webp, bmp), audio (wav, flac, ogg, opus, mp3) or UTF-8 text"
 # What Pillow raises on damaged files of these formats. Nothing broader is caught.
 _PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, struct.error, zlib.error)
-
-PathLike = str | os.PathLike[str]
-T = TypeVar("T")
 
 
 def sniff(path: PathLike) -> str:
@@ -61,7 +50,7 @@ def sniff(path: PathLike) -> str:
     Raises:
         MediaError: missing, a directory, empty, of no known kind, or of another kind than its suffix says.
     """
-    kind, _ = _open_kind(path)
+    kind, _ = kind_and_size(path)
     return kind
 
 
@@ -71,10 +60,10 @@ def read_text(path: PathLike) -> str:
     Raises:
         MediaError: not a file, larger than ``MAX_TEXT_BYTES``, or not UTF-8 (with the position of the first bad byte).
     """
-    size = _check_file(path)
+    size = check_file(path)
     if size > MAX_TEXT_BYTES:
         raise MediaError(f"{path}: {size} bytes of text, the limit is {MAX_TEXT_BYTES}; split the file")
-    data = _os_call(path, Path(path).read_bytes)
+    data = os_call(path, Path(path).read_bytes)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -97,9 +86,9 @@ def read_image(path: PathLike, mode: str = "RGB", background: tuple[int, int, in
     """
     if mode not in ("RGB", "RGBA", "L"):
         raise MediaError(f"got image mode {mode!r}, expected 'RGB', 'RGBA' or 'L'")
-    kind, size = _open_kind(path)
+    kind, size = kind_and_size(path)
     if kind != "image":
-        raise MediaError(f"{path}: holds {_NOUN[kind]}, expected an image (png, jpeg, gif, webp, bmp)")
+        raise MediaError(f"{path}: holds {NOUN[kind]}, expected an image (png, jpeg, gif, webp, bmp)")
     if size > MAX_IMAGE_BYTES:
         raise MediaError(f"{path}: {size} bytes, the limit for an image file is {MAX_IMAGE_BYTES}")
     try:
@@ -121,7 +110,7 @@ def read_image(path: PathLike, mode: str = "RGB", background: tuple[int, int, in
     except UnidentifiedImageError as error:
         raise MediaError(f"{path}: damaged or cut short image (its header is not complete)") from error
     except _PIL_ERRORS as error:
-        raise MediaError(f"{path}: damaged or cut short image ({_one_line(error)})") from error
+        raise MediaError(f"{path}: damaged or cut short image ({one_line(error)})") from error
     return pixels
 
 
@@ -183,9 +172,9 @@ def read_audio(
     Raises:
         MediaError: not readable, cut short, no samples, NaN, badly scaled, too long, or start/end out of range.
     """
-    kind, size = _open_kind(path)
+    kind, size = kind_and_size(path)
     if kind != "audio":
-        raise MediaError(f"{path}: holds {_NOUN[kind]}, expected audio (wav, flac, ogg, opus, mp3)")
+        raise MediaError(f"{path}: holds {NOUN[kind]}, expected audio (wav, flac, ogg, opus, mp3)")
     if sample_rate is not None:
         check_rate("sample_rate", sample_rate)
     try:
@@ -196,7 +185,7 @@ def read_audio(
                 raise MediaError(f"{path}: {channels} channels, the limit is {MAX_CHANNELS}")
             first, last = _frame_range(path, frames, rate, start, end, max_seconds)
             if start is None and end is None:
-                _check_complete(Path(path), size)
+                check_complete(Path(path), size)
             samples = _read_frames(file, first, last, mono)
             # The length of an MP3 is an estimate where the file carries no table, so it alone may be shorter.
             if samples.shape[1] < last - first and (file.format != "MP3" or samples.shape[1] == 0):
@@ -206,7 +195,7 @@ def read_audio(
     except (soundfile.SoundFileError, OSError, ValueError) as error:
         if isinstance(error, MediaError):
             raise
-        raise MediaError(f"{path}: damaged or cut short audio ({_one_line(error)})") from error
+        raise MediaError(f"{path}: damaged or cut short audio ({one_line(error)})") from error
     if not np.isfinite(samples).all():
         raise MediaError(f"{path}: holds NaN or infinite samples, expected -1..1")
     peak = float(np.abs(samples).max())
@@ -222,7 +211,7 @@ def audio_rate(path: PathLike) -> int:
     try:
         rate = soundfile.info(os.fspath(path)).samplerate
     except (soundfile.SoundFileError, OSError, ValueError) as error:
-        raise MediaError(f"{path}: damaged or cut short audio ({_one_line(error)})") from error
+        raise MediaError(f"{path}: damaged or cut short audio ({one_line(error)})") from error
     check_rate(f"{path}: sample rate", rate)
     return rate
 
@@ -283,91 +272,6 @@ def check_rate(what: str, rate: int) -> None:
     low, high = SAMPLE_RATES
     if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not low <= rate <= high:
         raise MediaError(f"{what} is {rate!r}, expected a whole number of Hz, {low}..{high}")
-
-
-# --- what a file is ---------------------------------------------------------------------------------------------------
-
-
-def _one_line(error: BaseException) -> str:
-    """An exception's text without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _os_call(path: PathLike, call: Callable[[], T]) -> T:
-    """Run a file operation; what the system refuses is a MediaError."""
-    try:
-        return call()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or _one_line(error)
-        raise MediaError(f"{path}: cannot be read ({reason})") from error
-
-
-def _check_file(path: PathLike) -> int:
-    """The size in bytes of a regular file."""
-    try:
-        info = _os_call(path, lambda: os.stat(path))
-    except MediaError as error:
-        if isinstance(error.__cause__, FileNotFoundError):
-            raise MediaError(f"{path}: no such file") from error
-        raise
-    if stat.S_ISDIR(info.st_mode):
-        raise MediaError(f"{path}: is a directory, expected a file")
-    if not stat.S_ISREG(info.st_mode):
-        raise MediaError(f"{path}: is not a regular file")
-    return info.st_size
-
-
-def _open_kind(path: PathLike) -> tuple[str, int]:
-    """(kind, size in bytes) of a file whose content agrees with its suffix."""
-    size = _check_file(path)
-    suffix = Path(path).suffix.lower()
-    claimed = next((kind for kind, suffixes in _SUFFIXES.items() if suffix in suffixes), None)
-    if size == 0:
-        if claimed == "text":
-            return "text", 0
-        raise MediaError(f"{path}: is empty (0 bytes), expected {_KNOWN}")
-
-    def head() -> bytes:
-        with open(path, "rb") as file:
-            return file.read(65536)
-
-    data = _os_call(path, head)
-    is_text = _is_utf8(data)
-    # Text may begin with "GIF89a"; a name that says text and valid UTF-8 settle it.
-    kind = "text" if is_text and claimed == "text" else _magic(data) or ("text" if is_text else None)
-    if kind is None:
-        hint = "; it looks like UTF-16 text: save it as UTF-8" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise MediaError(f"{path}: not recognised by its content, expected {_KNOWN}{hint}")
-    if claimed not in (None, kind):
-        raise MediaError(f"{path}: named {suffix} but holds {_NOUN[kind]}; rename it or give the right file")
-    return kind, size
-
-
-def _is_utf8(head: bytes) -> bool:
-    """Whether the first bytes of a file are UTF-8, a last character that is cut off allowed."""
-    try:
-        head.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return error.reason == "unexpected end of data" and error.start > 0
-    return True
-
-
-def _magic(head: bytes) -> str | None:
-    """ "image" or "audio" by the first bytes, None for anything else."""
-    if head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")):
-        return "image"
-    if head[:4] in (b"RIFF", b"RF64", b"RIFX"):
-        return {b"WAVE": "audio", b"WEBP": "image"}.get(head[8:12])
-    # Two and four letters are weak evidence, so the fixed bytes that follow are looked at too.
-    if head[:2] == b"BM" and head[6:10] == b"\0\0\0\0" and head[15:18] == b"\0\0\0":
-        return "image"
-    if head[:5] == b"OggS\0" or (head[:4] == b"fLaC" and head[4:5] in (b"\0", b"\x80")):
-        return "audio"
-    if head[:3] == b"ID3" and len(head) > 4 and head[3] < 16 and head[4] < 255:
-        return "audio"
-    if len(head) >= 4 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2 and head[2] < 0xF0 and head[2] & 12 != 12:
-        return "audio"  # an MPEG layer III frame
-    return None
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -438,38 +342,6 @@ def _read_frames(file: soundfile.SoundFile, first: int, last: int, mono: bool) -
     if not blocks:
         return np.zeros((1, 0), np.float32)
     return np.ascontiguousarray(np.concatenate(blocks).T)
-
-
-def _check_complete(path: Path, size: int) -> None:
-    """libsndfile reads a WAV or an Ogg file that is cut short without a word; their own sizes and flags tell."""
-    with path.open("rb") as file:
-        head = file.read(12)
-        if head[:4] == b"RIFF":
-            _check_wav(path, file, size)
-        elif head[:4] == b"OggS":
-            file.seek(max(0, size - 65536 - 27 - 255))
-            tail = file.read()
-            page = tail.rfind(b"OggS")
-            header = tail[page : page + 27] if page >= 0 else b""
-            if len(header) == 27:
-                lengths = tail[page + 27 : page + 27 + header[26]]
-                whole = len(lengths) == header[26] and page + 27 + len(lengths) + sum(lengths) <= len(tail)
-                if whole and header[5] & 4:
-                    return
-            raise MediaError(f"{path}: cut short: the last Ogg page is not the end of the stream")
-
-
-def _check_wav(path: Path, file: io.BufferedReader, size: int) -> None:
-    """Compare the length of the data chunk with the size of the file."""
-    while len(header := file.read(8)) == 8:
-        name, length = header[:4], int.from_bytes(header[4:], "little")
-        if name == b"data":
-            left = size - file.tell()
-            # Programs that write to a pipe leave the largest number there.
-            if length > left and length < 0x7FFFF000:
-                raise MediaError(f"{path}: cut short: {left} bytes of sound, the header says {length}")
-            return
-        file.seek(length + length % 2, os.SEEK_CUR)
 
 
 @lru_cache(maxsize=4)

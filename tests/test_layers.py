@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("states",),
     ("automaton",),
     ("grammar",),
+    ("sniffing",),
     ("media",),
     ("documents",),
     ("quantizers",),
