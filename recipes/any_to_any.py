@@ -32,6 +32,7 @@ from mmtok.transformer.packing import pack
 
 SIZE = 64  # pixels: pictures are fitted into a square, on white
 LENGTH = 512  # ids in a row of the batch
+NOISY = 0.7  # share of documents whose answer is read with wrong codes in it
 LEVELS = 4  # codebooks of the audio codec: 200 ids a second of speech
 
 # How often each kind of exchange is drawn: (what is asked with, what is answered).
@@ -172,6 +173,9 @@ def main() -> None:
     shares = np.array([EXCHANGES[k] for k in kinds], float)
     shares /= shares.sum()
 
+    is_code = np.array([b.modality in ("image", "audio") for b in mm.registry.blocks])
+    sizes = np.array([b.size for b in mm.registry.blocks])
+
     def batch(concepts: list[Concept], r: np.random.Generator) -> tuple[Tensor, ...]:
         room, documents, starts, missed = config.batch_size * LENGTH * 0.94, [], [], 0
         while True:
@@ -186,11 +190,15 @@ def main() -> None:
                 break
             documents.append(drawn[0])
             starts.append(drawn[1])
-        ids, document, positions = (
-            torch.from_numpy(x[: config.batch_size]) for x in pack(documents, LENGTH, mm.registry.pad)
-        )
-        answer = (positions >= torch.tensor([*starts, 0])[document]) & (document >= 0)
-        return tuple(x.to(device) for x in (ids, document, positions, answer))
+        ids, document, positions = (x[: config.batch_size] for x in pack(documents, LENGTH, mm.registry.pad))
+        answer = (positions >= np.array([*starts, 0])[document]) & (document >= 0)
+        # An answer that can be told from its own first codes teaches nothing about the question: most are read
+        # with some or nearly all codes replaced by others of the same codebook. The targets stay the true ones.
+        block = mm.registry.split(ids)[0]
+        rate = np.where(r.random(len(documents) + 1) < NOISY, r.random(len(documents) + 1), 0.0)
+        wrong = answer & is_code[block] & (r.random(ids.shape) < rate[document])
+        seen = np.where(wrong, mm.registry.merge(block, r.integers(sizes[block])), ids)
+        return tuple(torch.from_numpy(x).to(device) for x in (ids, document, positions, answer, seen))
 
     model = Transformer(shape).to(device)
     sequence_loss = SequenceLoss(mm.grammar, text_weight=3.0)

@@ -54,7 +54,13 @@ class SequenceLoss:
             self.place[i, columns] = torch.arange(len(columns))
 
     def __call__(
-        self, model: Transformer, ids: Tensor, document: Tensor, positions: Tensor, answer: Tensor
+        self,
+        model: Transformer,
+        ids: Tensor,
+        document: Tensor,
+        positions: Tensor,
+        answer: Tensor,
+        seen: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, float]]:
         """Loss of a packed batch.
 
@@ -62,11 +68,13 @@ class SequenceLoss:
             model: the transformer.
             ids, document, positions: int64 [B, T], as ``packing.pack`` gives them.
             answer: bool [B, T], True for the ids that are to be learnt.
+            seen: int64 [B, T], what the model reads in the place of ``ids``; the targets stay ``ids``.
 
         Returns:
             (weighted mean loss in nats over all chosen targets, mean loss of each group by name).
         """
-        hidden = model.hidden(ids[:, :-1], positions[:, :-1], attention_mask(document[:, :-1]))
+        read = ids if seen is None else seen
+        hidden = model.hidden(read[:, :-1], positions[:, :-1], attention_mask(document[:, :-1]))
         target = ids[:, 1:]
         wanted = answer[:, 1:] & (document[:, 1:] == document[:, :-1]) & self.free.to(ids.device)[target]
         hidden, target = hidden[wanted], target[wanted]
