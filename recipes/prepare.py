@@ -37,7 +37,7 @@ STAMPS = "tuxpaint-stamps-default/usr/share/tuxpaint/stamps"
 CLIPART = "openclipart-png/usr/share/openclipart/png"
 PHOTOS = "plasma-workspace-wallpapers/usr/share/wallpapers"
 SAMPLES = "sonic-pi-samples/usr/share/sonic-pi/samples"
-MAX_NAME = 28  # characters of a concept's name in the trimodal corpus: longer texts are explanations, not names
+MAX_NAME = 14  # characters of a concept's name in the trimodal corpus: short names of single things
 ESPEAK_VOICES = ("en-us", "en-gb+f3")
 
 
@@ -201,15 +201,18 @@ def text_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[dict]
 
 
 def trimodal_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[dict]:
-    """One line a concept: its picture, its English name, and every recording of it that is there."""
+    """One line a concept: its name in English and French, its picture, and every English recording of the name."""
     stamps, speech = corpora / STAMPS, out / "speech-en"
-    lines = []
+    lines: list[dict] = []
+    used: set[str] = set()
     for concept, name in names.items():
         picture = next(
             (p for p in (stamps / f"{concept}.png", out / "stamps-png" / f"{concept}.png") if p.is_file()), None
         )
-        if picture is None or not 2 <= len(name) <= MAX_NAME:
+        # Symbols are letters, digits and coins; of several pictures with one name the first is kept.
+        if picture is None or concept.startswith("symbols") or not 2 <= len(name) <= MAX_NAME or name.lower() in used:
             continue
+        used.add(name.lower())
         segments = [{"type": "text", "text": name, "language": "en"}]
         french = re.search(
             r"^fr(?:\.utf8)?=(.+)$", (stamps / f"{concept}.txt").read_text(encoding="utf-8", errors="replace"), re.M

@@ -235,7 +235,7 @@ def test_any_to_any_of_documents_that_lack_parts(made, corpus, tmp_path):
             any_to_any(made, tmp_path, tmp_path / name, manifest="m.jsonl", more=["steps=1", "batch_size=1"])
             assert Transformer.load(tmp_path / name / "model").config.hidden_size == 16
         else:
-            with pytest.raises(DataError, match="no exchange of at most 512 ids"):
+            with pytest.raises(DataError, match="no exchange of at most 384 ids"):
                 any_to_any(made, tmp_path, tmp_path / name, manifest="m.jsonl")
     (tmp_path / "m.jsonl").write_text(json.dumps({**documents[0], "segments": []}))
     with pytest.raises(DataError, match=r"no document in split 'val' \(1 in all splits\)"):
