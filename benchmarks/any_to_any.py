@@ -2,7 +2,7 @@
 
     python -m pip install -e '.[benchmarks]' && python benchmarks/any_to_any.py --data data
 
-Writes benchmarks/results/any_to_any.json and, beside it, any_to_any.png: originals over answers.
+Writes benchmarks/results/any_to_any.json, and to --sheet a picture of originals over answers and some of the speech.
 
 Judges, with the score of real data beside each (the ceiling):
     text    the answer equals a name of the concept, or of another concept with the very same name
@@ -162,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data"))
     parser.add_argument("--model", default="any-to-any")
+    parser.add_argument("--sheet", type=Path, default=Path("runs/any_to_any.png"))
     parser.add_argument("--limit", type=int, default=60, help="concepts of each split and direction")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -212,9 +213,11 @@ def main() -> None:
     for split, members in (("train", heard), ("pair-test", unheard)):
         made = answers.ask([c.question("text") for c in members], "audio", SAMPLING)
         understood[f"text -> audio, {split}"] = recogniser.score(members, [m.samples for m in made])
+        for c, m in list(zip(members, made, strict=True))[:8]:
+            media.write_audio(args.sheet.parent / f"{split} {c.name}.wav", m.samples, RATE)
 
     rows = [np.concatenate([p[k] for p in sheet[i : i + 16]], 2) for i in range(0, len(sheet), 16) for k in (0, 1)]
-    media.write_image(RESULTS / "any_to_any.png", np.concatenate(rows, 1))
+    media.write_image(args.sheet, np.concatenate(rows, 1))
     figures = {
         "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
         "vocabulary": answers.mm.registry.fingerprint,

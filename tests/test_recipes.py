@@ -259,11 +259,10 @@ def test_variants_are_pictures_of_one_size():
     module = recipe("any_to_any")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64), np.uint8)
     made = module.variants(pixels)
-    assert len(made) == 4
+    assert len(made) == 2
     assert all(x.shape == pixels.shape and x.dtype == np.uint8 for x in made)
     assert (made[0] == pixels).all()
     assert (made[1][:, :, ::-1] == pixels).all()
-    assert (made[3][:, :5] == 255).all()
 
 
 def test_spectral_loss():
