@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmtok.arrays import integers
 from mmtok.automaton import Automaton
 from mmtok.automaton import GrammarState as GrammarState
 from mmtok.automaton import Restriction as Restriction
 from mmtok.automaton import Restrictions as Restrictions
 from mmtok.errors import SequenceError, VocabularyError
 from mmtok.layouts import Interleaved
-from mmtok.registry import VocabularyRegistry, integers
+from mmtok.registry import VocabularyRegistry
 from mmtok.states import BODY, BOS, DONE, EOS, GRID, PAD, START, TURN, Bracketed
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mmtok.arrays import first, like
 from mmtok.errors import LayoutError
 
 
@@ -123,7 +124,7 @@ class Delayed:
         *batch, k, t = _check_codes(codes, self.codebooks)
         clash = codes == self.fill
         if clash.any():
-            raise LayoutError(f"code {_first(clash)} is {self.fill}, the fill value; choose a fill that is no code")
+            raise LayoutError(f"code {first(clash)} is {self.fill}, the fill value; choose a fill that is no code")
         shape = (*batch, k, t + max(self.delays))
         if hasattr(codes, "new_full"):
             steps = codes.long().new_full(shape, self.fill)
@@ -153,9 +154,9 @@ class Delayed:
         expected = self.levels(frames)
         _check_levels(levels, expected, stream)
         filled = stream == self.fill
-        wrong = filled != _as(filled, expected < 0)
+        wrong = filled != like(filled, expected < 0)
         if wrong.any():
-            where = _first(wrong)
+            where = first(wrong)
             level = int(expected[where[-1] if isinstance(where, tuple) else where])
             want = f"a code of level {level}" if level >= 0 else f"the fill {self.fill}"
             raise LayoutError(
@@ -214,20 +215,8 @@ def _check_levels(levels: Any, expected: np.ndarray, stream: Any) -> None:
         return
     if tuple(levels.shape) != tuple(stream.shape):
         raise LayoutError(f"levels have shape {list(levels.shape)}, expected the stream's, {list(stream.shape)}")
-    wrong = levels != _as(levels, expected)
+    wrong = levels != like(levels, expected)
     if wrong.any():
-        where = _first(wrong)
+        where = first(wrong)
         level = int(expected[where[-1] if isinstance(where, tuple) else where])
         raise LayoutError(f"position {where}: got level {int(levels[where])}, expected level {level}")
-
-
-def _as(like: Any, array: np.ndarray) -> Any:
-    """``array`` as a torch tensor on the device of ``like`` if that is one."""
-    return like.new_tensor(array) if hasattr(like, "new_tensor") else array
-
-
-def _first(wrong: Any) -> int | tuple[int, ...]:
-    """Position of the first True: an int in one dimension, else one index a dimension."""
-    array = wrong.cpu().numpy() if hasattr(wrong, "cpu") else np.asarray(wrong)
-    where = tuple(int(x) for x in np.argwhere(array)[0])
-    return where[0] if len(where) == 1 else where

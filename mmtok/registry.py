@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from mmtok.arrays import first, integers, like
 from mmtok.blocks import CONTROL, MAX_IDS, check_blocks, is_int, label, lay_out, lineage
 from mmtok.blocks import MODALITIES as MODALITIES
 from mmtok.blocks import Block as Block
@@ -244,12 +245,12 @@ class VocabularyRegistry:
         index = self._block_of[np.where(bad, 0, array).astype(np.int64)]
         bad |= index < 0
         if bad.any():
-            where = _first(bad)
+            where = first(bad)
             raise VocabularyError(
                 f"position {where}: {self.describe(int(array[bad][0]))}, expected an id that a block uses; "
                 "is this sequence from another vocabulary?"
             )
-        return _like(ids, index), _like(ids, array.astype(np.int64) - self._starts[index])
+        return like(ids, index), like(ids, array.astype(np.int64) - self._starts[index])
 
     def merge(self, block_index: Any, codes: Any) -> Any:
         """The inverse of ``split``. The arguments broadcast against each other.
@@ -272,16 +273,16 @@ class VocabularyRegistry:
         bad = (index < 0) | (index >= len(self.blocks))
         if bad.any():
             raise VocabularyError(
-                f"position {_first(bad)}: block index {index[bad][0]}, expected 0..{len(self.blocks) - 1}"
+                f"position {first(bad)}: block index {index[bad][0]}, expected 0..{len(self.blocks) - 1}"
             )
         index = index.astype(np.int64)
         bad = (array < 0) | (array >= self._sizes[index])
         if bad.any():
             block = self.blocks[int(index[bad][0])]
             raise VocabularyError(
-                f"position {_first(bad)}: code {array[bad][0]}, expected 0..{block.size - 1} in block {block.name!r}"
+                f"position {first(bad)}: code {array[bad][0]}, expected 0..{block.size - 1} in block {block.name!r}"
             )
-        return _like(codes, array.astype(np.int64) + self._starts[index])
+        return like(codes, array.astype(np.int64) + self._starts[index])
 
     def describe(self, id: int) -> str:
         """An id in words: ``image code 17``, ``audio level 2 code 5``, ``<bos>``, ``text id 42``, ``unused id 900``."""
@@ -430,34 +431,6 @@ class VocabularyRegistry:
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
         return np.array([b.size for b in self.blocks], np.int64)
-
-
-def integers(values: Any, what: str) -> np.ndarray:
-    """A numpy view of numpy, torch or nested-list integers; an empty list is int64.
-
-    Raises:
-        VocabularyError: not a rectangular array of integers.
-    """
-    try:
-        array = values.detach().cpu().numpy() if hasattr(values, "detach") else np.asarray(values)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise VocabularyError(f"{what}: expected an array of integers ({error})") from error
-    if array.size == 0 and isinstance(values, list | tuple):
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
-        raise VocabularyError(f"{what}: got dtype {array.dtype}, expected integers")
-    return array
-
-
-def _like(source: Any, array: np.ndarray) -> Any:
-    """``array`` as a torch tensor on ``source``'s device if that is one."""
-    return source.long().new_tensor(array) if hasattr(source, "new_tensor") else array
-
-
-def _first(bad: np.ndarray) -> int | tuple[int, ...]:
-    """Position of the first True, as an int in one dimension."""
-    where = tuple(int(x) for x in np.argwhere(bad)[0]) if bad.ndim else (0,)
-    return where[0] if len(where) == 1 else where
 
 
 def _short(value: Any) -> str:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # from each other. `mmtok` itself, the front door, is above all that it offers.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("config",),
+    ("arrays", "config"),
     ("checkpoints",),
     ("blocks",),
     ("registry",),
