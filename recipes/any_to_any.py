@@ -38,19 +38,19 @@ LEVELS = 4  # codebooks of the audio codec: 200 ids a second of speech
 
 # How often each kind of exchange is drawn: (what is asked with, what is answered).
 EXCHANGES = {
-    ("text", "image"): 26,
-    ("text", "audio"): 22,
-    ("text", "image audio"): 6,
+    ("text", "image"): 16,
+    ("text", "audio"): 16,
+    ("text", "image audio"): 5,
     ("text", "audio image"): 2,
-    ("text", "text"): 5,
-    ("image", "text"): 10,
-    ("image", "audio"): 6,
+    ("text", "text"): 4,
+    ("image", "text"): 8,
+    ("image", "audio"): 8,
     ("image", "image"): 2,
     ("image", "text audio"): 2,
     ("audio", "text"): 8,
-    ("audio", "image"): 6,
-    ("audio", "audio"): 2,
-    ("audio", "text image"): 2,
+    ("audio", "image"): 22,
+    ("audio", "audio"): 3,
+    ("audio", "text image"): 3,
     ("text image", "audio"): 1,
 }
 
