@@ -17,7 +17,7 @@ TOKENIZERS = {c.kind: c for c in (ByteLevelBPE, ImageVQVAE, SpectralCodec, Encod
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What every tokenizer has; see DESIGN of each class for the shapes that encode and decode take."""
+    """What every tokenizer has; each class says which shapes its encode and decode take."""
 
     kind: str
     modality: str
