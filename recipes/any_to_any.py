@@ -188,7 +188,7 @@ def main() -> None:
             starts.append(drawn[1])
         ids, document, positions = (x[: config.batch_size] for x in pack(documents, LENGTH, mm.registry.pad))
         answer = (positions >= np.array([*starts, 0])[document]) & (document >= 0)
-        # An answer that can be told from its own first codes teaches nothing about the question: most are read
+        # Codes that can be told from the answer's own first codes teach little about the question: most are read
         # with some or all codes replaced by others of the same codebook. The targets stay the true ones.
         block = mm.registry.split(ids)[0]
         kind, some = r.random((2, len(documents) + 1))

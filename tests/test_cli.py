@@ -13,6 +13,7 @@ import pytest
 
 from mmtok import media
 from mmtok.cli import main
+from mmtok.cli.generate import _ids_of_listing
 from mmtok.multimodal import MultimodalTokenizer
 
 MODALITIES = ("text", "image", "audio")
@@ -178,3 +179,18 @@ def test_the_installed_command(tmp_path: Path) -> None:
     done = subprocess.run([program, "--help"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 0
     assert "generate" in done.stdout
+
+
+def test_the_listing_check_can_fail() -> None:
+    tokenizer = MultimodalTokenizer.load("any-to-any")
+    codes = {"text": np.array([64, 416]), "image": np.arange(6).reshape(2, 3), "audio": np.arange(12).reshape(4, 3)}
+    for modality, values in {**codes, "empty": np.zeros((4, 0), np.int64)}.items():
+        modality = "audio" if modality == "empty" else modality
+        ids = tokenizer.grammar.segment_ids(modality, values)
+        whole = np.concatenate([[tokenizer.registry.bos], ids, [tokenizer.registry.eos]])
+        rows = tokenizer.grammar.listing(whole)[1:-1]
+        assert np.array_equal(_ids_of_listing(tokenizer, modality, rows), ids)
+        coded = [row for row in rows if "code" in row]
+        if coded:
+            coded[-1]["code"] += 1
+            assert not np.array_equal(_ids_of_listing(tokenizer, modality, rows), ids)
