@@ -36,3 +36,10 @@ def first(wrong: Any) -> int | tuple[int, ...]:
     array = wrong.cpu().numpy() if hasattr(wrong, "cpu") else np.asarray(wrong)
     where = tuple(int(x) for x in np.argwhere(array)[0]) if array.ndim else (0,)
     return where[0] if len(where) == 1 else where
+
+
+def blank(source: Any, shape: tuple[int, ...], wide: bool = False) -> Any:
+    """A new array of ``source``'s kind, device and dtype (int64 if ``wide``), its values not set."""
+    if hasattr(source, "new_empty"):
+        return (source.long() if wide else source).new_empty(shape)
+    return np.empty(shape, np.int64 if wide else source.dtype)

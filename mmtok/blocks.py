@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mmtok.errors import VocabularyError
+from mmtok.errors import LayoutError, VocabularyError
+from mmtok.layouts import Delayed, Layout, parse
 
 CONTROL = ("<pad>", "<bos>", "<eos>", "<user>", "<assistant>")
 MODALITIES = ("text", "image", "audio")
@@ -72,6 +73,7 @@ class TokenizerSpec:
     fingerprint: str
     headroom: int = 0
     properties: dict[str, Any] = field(default_factory=dict)
+    layout: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
@@ -98,9 +100,26 @@ class TokenizerSpec:
         extends = properties.get("extends", [])
         if not isinstance(extends, list) or not all(isinstance(x, str) for x in extends):
             raise VocabularyError(f"{self.name}: properties['extends'] is {extends!r}, expected a list of fingerprints")
+        if not isinstance(self.layout, str) or (self.layout and self.modality != "audio"):
+            raise VocabularyError(f"{self.name}: layout {self.layout!r}, expected none for {self.modality}")
+        if self.modality == "audio":
+            object.__setattr__(self, "layout", self.layout or "interleaved")
+            try:
+                parse(self.layout, len(sizes))
+            except LayoutError as error:
+                raise VocabularyError(f"{self.name}: {error}") from error
         object.__setattr__(self, "codebook_sizes", tuple(int(s) for s in sizes))
         object.__setattr__(self, "headroom", int(self.headroom))
         object.__setattr__(self, "properties", properties)
+
+    @property
+    def codebook_layout(self) -> Layout:
+        """The layout of an audio tokenizer.
+
+        Raises:
+            LayoutError: a text or image tokenizer.
+        """
+        return parse(self.layout, len(self.codebook_sizes))
 
 
 def is_int(value: object) -> bool:
@@ -119,6 +138,13 @@ def label(spec: TokenizerSpec, all_specs: Sequence[TokenizerSpec]) -> str:
     return spec.modality if first.name == spec.name else f"{spec.modality}:{spec.name}"
 
 
+def brackets(spec: TokenizerSpec, all_specs: Sequence[TokenizerSpec]) -> tuple[str, ...]:
+    """Names of the control tokens of an image or audio tokenizer: opening, closing, the fill of a delayed layout."""
+    name = label(spec, all_specs)
+    fill = (f"<fill:{name}>",) if spec.modality == "audio" and isinstance(spec.codebook_layout, Delayed) else ()
+    return f"<{name}>", f"</{name}>", *fill
+
+
 def lay_out(
     blocks: tuple[Block, ...],
     all_specs: tuple[TokenizerSpec, ...],
@@ -130,8 +156,7 @@ def lay_out(
     """Append the blocks of ``new`` tokenizers, after a control block for their openings and closings."""
     out = list(blocks)
     by = {m: [t for t in new if t.modality == m] for m in MODALITIES}
-    labels = [label(t, all_specs) for t in (*by["image"], *by["audio"])]
-    literals = (*control, *(x for name in labels for x in (f"<{name}>", f"</{name}>")))
+    literals = (*control, *(x for t in (*by["image"], *by["audio"]) for x in brackets(t, all_specs)))
 
     def add(name: str, modality: str, size: int, spec: TokenizerSpec | None = None, codebook: int = 0) -> None:
         start = out[-1].start + out[-1].capacity if out else 0
@@ -182,8 +207,7 @@ def check_blocks(blocks: Sequence[Block], tokenizers: Sequence[TokenizerSpec]) -
     literals = [name for b in blocks for name in b.names]
     if len(set(literals)) != len(literals):
         raise VocabularyError("two control tokens have the same name")
-    labels = [label(t, tokenizers) for t in tokenizers if t.modality != "text"]
-    for literal in (*CONTROL, *(x for name in labels for x in (f"<{name}>", f"</{name}>"))):
+    for literal in (*CONTROL, *(x for t in tokenizers if t.modality != "text" for x in brackets(t, tokenizers))):
         if literal not in literals:
             raise VocabularyError(f"no control token {literal!r}; known: {', '.join(literals)}")
 

@@ -24,13 +24,15 @@ from mmtok.registry import VOCAB_FILE, TokenizerSpec, VocabularyRegistry
 Segment = Text | Image | Audio | Turn
 
 
-def spec_of(name: str, tokenizer: Any, levels: int | None = None) -> TokenizerSpec:
+def spec_of(name: str, tokenizer: Any, levels: int | None = None, headroom: int = 0, layout: str = "") -> TokenizerSpec:
     """What a registry needs to know of a tokenizer.
 
     Args:
         name: under which it will be found again: the name of its checkpoint directory.
         tokenizer: any object with the tokenizer protocol.
         levels: for residual codecs, use only the first so many codebooks.
+        headroom: ids to reserve behind each of its blocks.
+        layout: of the codebooks in a sequence, see :func:`mmtok.layouts.parse`; empty for the default.
 
     Raises:
         VocabularyError: more levels than the tokenizer has.
@@ -38,7 +40,9 @@ def spec_of(name: str, tokenizer: Any, levels: int | None = None) -> TokenizerSp
     sizes = tuple(tokenizer.codebook_sizes)
     if levels is not None and not 1 <= levels <= len(sizes):
         raise VocabularyError(f"{name}: got {levels} levels, expected 1 to {len(sizes)}")
-    return TokenizerSpec(name, tokenizer.modality, sizes[:levels], tokenizer.fingerprint, 0, dict(tokenizer.properties))
+    return TokenizerSpec(
+        name, tokenizer.modality, sizes[:levels], tokenizer.fingerprint, headroom, dict(tokenizer.properties), layout
+    )
 
 
 class MultimodalTokenizer:

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from mmtok.arrays import first, integers, like
-from mmtok.blocks import CONTROL, MAX_IDS, check_blocks, is_int, label, lay_out, lineage
+from mmtok.blocks import CONTROL, MAX_IDS, brackets, check_blocks, is_int, lay_out, lineage
 from mmtok.blocks import MODALITIES as MODALITIES
 from mmtok.blocks import Block as Block
 from mmtok.blocks import TokenizerSpec as TokenizerSpec
 from mmtok.errors import VocabularyError, VocabularyMismatchError
 
-FORMAT = 1
+FORMAT = 2
 VOCAB_FILE = "vocab.json"
 
 
@@ -93,10 +93,11 @@ class VocabularyRegistry:
 
     def _grow(self, old: TokenizerSpec, new: TokenizerSpec, blocks: list[Block]) -> TokenizerSpec:
         """Enlarge ``old``'s blocks in place in ``blocks``; the spec that takes its place."""
-        if new.modality != old.modality or len(new.codebook_sizes) != len(old.codebook_sizes):
+        mine, theirs = ((t.modality, len(t.codebook_sizes), t.layout) for t in (old, new))
+        if mine != theirs:
             raise VocabularyError(
-                f"tokenizer {new.name!r} is there already with modality {old.modality} and codebooks "
-                f"{old.codebook_sizes}; got {new.modality} and {new.codebook_sizes}: give it another name"
+                f"tokenizer {new.name!r} is there already with (modality, codebooks, layout) {mine}; got {theirs}: "
+                "give it another name"
             )
         room = []
         for i, block in enumerate(blocks):
@@ -207,18 +208,27 @@ class VocabularyRegistry:
         Raises:
             VocabularyError: unknown, or a text tokenizer: text has no opening.
         """
-        return self.control(self._bracket(tokenizer)[0])
+        return self.control(self._brackets(tokenizer)[0])
 
     def closing(self, tokenizer: str) -> int:
         """Control id that closes a segment of this image or audio tokenizer; errors as for ``opening``."""
-        return self.control(self._bracket(tokenizer)[1])
+        return self.control(self._brackets(tokenizer)[1])
 
-    def _bracket(self, tokenizer: str) -> tuple[str, str]:
+    def fill(self, tokenizer: str) -> int:
+        """Control id that stands where a delayed audio layout has no code.
+
+        Raises:
+            VocabularyError: unknown, or a tokenizer without a delayed layout.
+        """
+        if len(names := self._brackets(tokenizer)) < 3:
+            raise VocabularyError(f"{tokenizer!r} has no delayed layout and so no fill")
+        return self.control(names[2])
+
+    def _brackets(self, tokenizer: str) -> tuple[str, ...]:
         spec = self.tokenizer(tokenizer)
         if spec.modality == "text":
             raise VocabularyError(f"{spec.name!r} is a text tokenizer; only image and audio segments open and close")
-        name = label(spec, self.tokenizers)
-        return f"<{name}>", f"</{name}>"
+        return brackets(spec, self.tokenizers)
 
     @staticmethod
     def _lookup(known: dict[str, Any], name: str, what: str) -> Any:

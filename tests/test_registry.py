@@ -61,7 +61,7 @@ def test_golden_layout() -> None:
     assert (r.size, r.padded_size) == (857, 896)
     assert (r.pad, r.bos, r.eos, r.user, r.assistant) == (0, 1, 2, 3, 4)
     assert (r.opening("vq"), r.closing("image"), r.control("<audio>"), r.closing("rvq")) == (5, 6, 7, 8)
-    assert r.fingerprint == "6ce2671ba7082f22ca45018e5ed721c7349f802064788ab915caa418c2c55f1b"
+    assert r.fingerprint == "2558ae8227ef3c86a734ee075f4397ce145e4728b3ee6bbf2cb5306a163e165c"
 
 
 def test_descriptions() -> None:
@@ -247,7 +247,7 @@ def test_json_errors_say_what_is_wrong() -> None:
     for old, new, message in (
         ('"start": 9,', '"start": 8,', "'text' starts at 8, but ids below 9 are taken"),
         ('"capacity": 520', '"capacity": 511', "got size 512, expected 1 to its capacity 511"),
-        ('"format": 1', '"format": 9', "reads format 1"),
+        ('"format": 2', '"format": 9', "reads format 2"),
         ('"<bos>"', '"<pad>"', "same name"),
         ('"<bos>"', '"<BOS>"', "no control token '<bos>'"),
         ('"sha-vq"', '"sha-other"', "tokenizer 'vq'"),
