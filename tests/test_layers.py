@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("states",),
     ("automaton",),
     ("grammar",),
+    ("adapters",),
     ("sniffing",),
     ("media",),
     ("documents",),
