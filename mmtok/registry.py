@@ -21,6 +21,7 @@ from mmtok.blocks import CONTROL, MAX_IDS, brackets, check_blocks, is_int, lay_o
 from mmtok.blocks import MODALITIES as MODALITIES
 from mmtok.blocks import Block as Block
 from mmtok.blocks import TokenizerSpec as TokenizerSpec
+from mmtok.comparison import changes
 from mmtok.errors import VocabularyError, VocabularyMismatchError
 
 FORMAT = 2
@@ -352,28 +353,31 @@ class VocabularyRegistry:
             ) from error
 
     def diff(self, other: VocabularyRegistry) -> str:
-        """What differs between this registry and another, a line each; empty if they are equal."""
-        lines = []
-        for what, here, there in (
-            ("revision", self.revision, other.revision),
-            ("pad_multiple", self.pad_multiple, other.pad_multiple),
-        ):
-            if here != there:
-                lines.append(f"{what}: {here} here, {there} there")
-        pairs: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
-            ("block", {b.name: b for b in self.blocks}, {b.name: b for b in other.blocks}),
-            ("tokenizer", {t.name: t for t in self.tokenizers}, {t.name: t for t in other.tokenizers}),
-        )
-        for what, mine, theirs in pairs:
-            for name in dict.fromkeys((*mine, *theirs)):
-                if name not in theirs or name not in mine:
-                    lines.append(f"{what} {name}: only {'here' if name in mine else 'there'}")
-                    continue
-                a, b = dataclasses.asdict(mine[name]), dataclasses.asdict(theirs[name])
-                lines += [f"{what} {name}: {k} {_short(a[k])} here, {_short(b[k])} there" for k in a if a[k] != b[k]]
-        if not lines and self != other:
-            lines.append("the order of the tokenizers differs")
+        """What changes from this registry to another, a line each, the last on what became of the ids; empty if they
+        are equal."""
+        if self == other:
+            return ""
+        numbers = ("revision", "pad_multiple", "size", "padded_size")
+        pairs = [(name, getattr(self, name), getattr(other, name)) for name in numbers]
+        lines = [f"{name.replace('_', ' ')}: {a} -> {b}" for name, a, b in pairs if a != b]
+        lines += changes(self.blocks, self.tokenizers, other.blocks, other.tokenizers)
+        moved = other.moved(self)
+        used = sum(b.size for b in self.blocks)
+        if len(moved):
+            lost = int(moved[0])
+            was, now = self.describe(lost), other.describe(lost)
+            lines.append(
+                f"ids: {len(moved)} of {used} mean something else or nothing; the first is {lost}, "
+                f"{was} -> {now if now != was else 'the same code of other weights'}"
+            )
+        else:
+            lines.append(f"ids: all {used} keep their meaning")
         return "\n".join(lines)
+
+    def moved(self, old: VocabularyRegistry) -> np.ndarray:
+        """The ids of ``old`` that mean something else here, or nothing: int64 [n], in ascending order."""
+        used = np.concatenate([np.arange(b.start, b.end) for b in old.blocks])
+        return used[self.remap(old)[used] != used]
 
     def remap(self, old: VocabularyRegistry) -> np.ndarray:
         """Where each id of ``old`` is in this registry.
@@ -441,8 +445,3 @@ class VocabularyRegistry:
     @functools.cached_property
     def _sizes(self) -> np.ndarray:
         return np.array([b.size for b in self.blocks], np.int64)
-
-
-def _short(value: Any) -> str:
-    """A value for a diff: fingerprints are cut to 12 characters."""
-    return value[:12] if isinstance(value, str) else str(value)

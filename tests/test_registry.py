@@ -265,13 +265,76 @@ def test_a_mismatch_prints_the_difference() -> None:
     r, other = example(), example().extend([spec("vq2", "image", 7)])
     r.check_same(r.fingerprint, "shard 0")
     r.check_same(example(), "shard 0")
-    with pytest.raises(VocabularyMismatchError, match=r"(?s)shard 0 has vocabulary .*block image:vq2: only there"):
+    with pytest.raises(
+        VocabularyMismatchError,
+        match=r"(?s)shard 0 has vocabulary .*tokenizer vq2 \(image, 7 codes, ids 859..865\) added",
+    ):
         r.check_same(other, "shard 0")
     with pytest.raises(VocabularyMismatchError, match="abc"):
         r.check_same("abc", "shard 0")
     assert r.diff(example()) == ""
     retrained = VocabularyRegistry.create([*r.tokenizers[:2], spec("rvq", "audio", 16, 16, 8, mark="new")], max_grid=32)
-    assert "tokenizer rvq: fingerprint sha-rvq here, new there" in r.diff(retrained)
+    assert r.diff(retrained).splitlines() == [
+        "tokenizer rvq: other weights, fingerprint sha-rvq -> new",
+        "ids: 40 of 849 mean something else or nothing; the first is 817, "
+        "audio level 0 code 0 -> the same code of other weights",
+    ]
+
+
+def test_a_difference_reads_from_old_to_new() -> None:
+    old = example()
+    grown = spec("vq", "image", 515, mark="sha-vq-grown")
+    new = old.extend([grown, spec("words", "text", 3), spec("voice", "audio", 4, 4)])
+    assert old.diff(new).splitlines() == [
+        "revision: 0 -> 1",
+        "size: 857 -> 870",
+        "tokenizer words (text, 3 codes, ids 859..861) added",
+        "tokenizer voice (audio, 2 codebooks of 4 codes, layout interleaved, ids 862..869) added",
+        "tokenizer vq: 512 codes -> 515 codes",
+        "tokenizer vq: other weights, fingerprint sha-vq -> sha-vq-grown",
+        "tokenizer vq: extends none -> [sha-vq]",
+        "control tokens added: <audio:voice> 857, </audio:voice> 858",
+        "block image: head-room 8 -> 5",
+        "ids: all 849 keep their meaning",
+    ]
+    back = new.diff(old).splitlines()
+    assert "tokenizer words (text, 3 codes, ids 859..861) removed" in back
+    assert back[-1].startswith("ids: 528 of 865 mean something else")  # only the later knows what it extends
+
+
+def test_moved_blocks_and_control_tokens_are_named() -> None:
+    old = example()
+    delayed = TokenizerSpec("rvq", "audio", (16, 16, 8), "sha-rvq", layout="delayed:0,1,2")
+    lines = old.diff(VocabularyRegistry.create([delayed, *old.tokenizers[:2]], max_grid=32)).splitlines()
+    assert lines == [
+        "size: 857 -> 858",
+        "tokenizer rvq: layout interleaved -> delayed:0,1,2",
+        "order of the tokenizers: bytes, vq, rvq -> rvq, bytes, vq",
+        "control tokens added: <fill:audio> 9",
+        "block text moved: ids 9..264 -> 10..265",
+        "block grid moved: ids 265..296 -> 266..297",
+        "block image moved: ids 297..808 -> 298..809",
+        "block audio.0 moved: ids 817..832 -> 818..833",
+        "block audio.1 moved: ids 833..848 -> 834..849",
+        "block audio.2 moved: ids 849..856 -> 850..857",
+        "ids: 840 of 849 mean something else or nothing; the first is 9, text id 0 -> <fill:audio>",
+    ]
+
+
+@quick
+@given(registries(), registries())
+def test_moved_ids_are_those_that_mean_something_else(a: VocabularyRegistry, b: VocabularyRegistry) -> None:
+    def meaning(r: VocabularyRegistry, id: int) -> tuple:
+        if id >= r.size or "unused" in r.describe(id):
+            return ()
+        block = next(x for x in r.blocks if x.start <= id < x.end)
+        code = block.names[id - block.start] if block.names else id - block.start
+        return block.modality, block.fingerprint, block.codebook, code
+
+    plain = [int(i) for i in used(a) if meaning(a, i) != meaning(b, i)]
+    assert b.moved(a).tolist() == plain
+    assert a.moved(a).tolist() == []
+    assert (a.diff(b) == "") == (a == b)
 
 
 def test_unknown_names_list_the_known_ones() -> None:
