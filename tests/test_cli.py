@@ -15,6 +15,7 @@ from mmtok import media
 from mmtok.cli import main
 from mmtok.cli.generate import _ids_of_listing
 from mmtok.multimodal import MultimodalTokenizer
+from mmtok.sequences import read_ids
 
 MODALITIES = ("text", "image", "audio")
 
@@ -55,11 +56,12 @@ def test_nine_directions(source: str, target: str, files: dict, tmp_path: Path, 
     for segment in report["segments"]:
         assert (out / segment["file"]).is_file()
         assert all(v for v in segment["check"].values() if isinstance(v, bool)), segment
-    ids = json.loads((out / "ids.json").read_text())
+    registry, ((_, ids),) = read_ids(out / "ids.json")
     listing = [json.loads(line) for line in (out / "listing.jsonl").read_text().splitlines()]
-    assert [row["id"] for row in listing] == ids["ids"]
-    assert len(ids["ids"]) == report["prompt_tokens"] + report["new_tokens"]
-    assert ids["vocabulary"] == report["vocabulary"] == MultimodalTokenizer.load("any-to-any").registry.fingerprint
+    assert [row["id"] for row in listing] == ids.tolist()
+    assert len(ids) == report["prompt_tokens"] + report["new_tokens"]
+    assert registry == MultimodalTokenizer.load("any-to-any").registry
+    assert report["vocabulary"] == registry.fingerprint
 
 
 def test_interleaved_in_the_order_given(files: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -81,7 +83,7 @@ def test_the_model_chooses_and_the_seed_decides(tmp_path: Path, capsys: pytest.C
             "generate", "--text", "a cat", "--seed", seed, "--out", out, "--temperature", 1, capsys=capsys
         )
         assert code == 0, stderr
-        ids.append(json.loads((out / "ids.json").read_text())["ids"])
+        ids.append(read_ids(out / "ids.json")[1][0][1].tolist())
     assert ids[0] == ids[1]
     assert ids[0] != ids[2]
 

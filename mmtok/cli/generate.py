@@ -19,6 +19,7 @@ from mmtok.checkpoints import atomic_write
 from mmtok.documents import Audio, Image, Text, Turn, load_segment, save_document
 from mmtok.errors import ConfigError, MediaError
 from mmtok.multimodal import MultimodalTokenizer, Segment
+from mmtok.sequences import write_ids
 from mmtok.transformer.generate import Generation, Request, Sampling
 from mmtok.transformer.generate import generate as run_model
 from mmtok.transformer.model import Transformer
@@ -120,7 +121,7 @@ def write_answer(tokenizer: MultimodalTokenizer, answer: Generation, out: Path) 
         ids = answer.ids[span.start : span.end]
         entry["check"] = _check(tokenizer, segment, ids, listing[span.start : span.end], path)
         segments.append(entry)
-    atomic_write(out / "ids.json", _json({"vocabulary": tokenizer.registry.fingerprint, "ids": answer.ids.tolist()}))
+    write_ids(out / "ids.json", tokenizer.registry, [("generated", answer.ids)])
     atomic_write(out / "listing.jsonl", b"".join(_json(row) for row in listing))
     stats = answer.stats
     return {

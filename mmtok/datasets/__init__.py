@@ -1,0 +1,1 @@
+"""Token datasets: documents as ids in memory-mapped shards."""
