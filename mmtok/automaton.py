@@ -1,25 +1,30 @@
 """The sequence grammar as a batched automaton: each row's state, its next state, and the ids it may sample.
 
-All steps are tensor operations on the device of the state; nothing is read back to the host and no row waits for
-another. ``states`` has the definition that is compiled here.
+``states`` has the definition; here its edges become one table, and a step of a batch a few operations on whole arrays.
+An id may follow if its edge is open and the way from there to the end fits the budget. The way is never shorter than
+one less than the way from here: so an edge that skips what is still owed (a sound below its least duration, a picture
+smaller than its exact size) shows by its cost, and no rule of its own is needed.
+
+On a GPU, and under ``torch.compile``, the operations are torch's: nothing is read back to the host, and no row waits
+for another. On the CPU the same lines run on numpy views of the tensors: numpy's operations on small arrays cost less.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmtok.errors import ConfigError, VocabularyError
+from mmtok.errors import ConfigError
 from mmtok.registry import MODALITIES, VocabularyRegistry
-from mmtok.states import BODY, DONE, FAILED, START, States
+from mmtok.restrictions import NEVER, Restriction, Restrictions, compile_restrictions
+from mmtok.states import ANY, BODY, DONE, EOS, FAILED, GRID, PAD, SIZE, START, TURN, States
 
-_NEVER = 2**60  # a cost that no budget reaches
-_UNLIMITED = 2**59  # a budget that every real cost fits
+_EDGE = 10  # features of an edge, in the order of states.Edge and whether a restriction gates it
 
 
 class GrammarState(NamedTuple):
@@ -28,10 +33,14 @@ class GrammarState(NamedTuple):
     Attributes:
         phase: int64 [B], a node of the automaton.
         counter: int64 [B], the number that goes with it.
+        total: int64 [B], the frames of the audio segment, once they are known.
+        stage: int64 [B], segments begun since the state was made, for ``Restriction.next``.
     """
 
     phase: Tensor
     counter: Tensor
+    total: Tensor
+    stage: Tensor
 
     @property
     def done(self) -> Tensor:
@@ -43,65 +52,22 @@ class GrammarState(NamedTuple):
         """bool [B]: the row was given an id that the grammar forbids."""
         return self.phase == FAILED
 
-    @property
-    def between(self) -> Tensor:
-        """bool [B]: the row is between segments: text, a turn, another segment or <eos> may follow."""
-        return self.phase == BODY
-
-
-@dataclass(frozen=True)
-class Restriction:
-    """What one generation may emit, beyond the grammar. Turns are the caller's: no <user> or <assistant> under one.
-
-    Args:
-        modalities: which segments may be opened.
-        grid: the exact image size (h, w) in codes; None for any.
-        min_frames: least length of an audio segment, in frames.
-        max_frames: largest length of an audio segment, in frames; None for any.
-
-    Raises:
-        ConfigError: an impossible value.
-    """
-
-    modalities: tuple[str, ...] = MODALITIES
-    grid: tuple[int, int] | None = None
-    min_frames: int = 0
-    max_frames: int | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.modalities, str) or any(m not in MODALITIES for m in self.modalities):
-            raise ConfigError(f"modalities {self.modalities!r}, expected a tuple of {', '.join(MODALITIES)}")
-        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
-            raise ConfigError(f"grid {self.grid!r}, expected (height, width) in codes, each from 1 up")
-        if not 0 <= self.min_frames <= (2**31 if self.max_frames is None else self.max_frames) <= 2**31:
-            raise ConfigError(
-                f"min_frames {self.min_frames}, max_frames {self.max_frames}, expected 0 <= min <= max <= {2**31}"
-            )
-
-
-class Restrictions(NamedTuple):
-    """Restrictions compiled by ``Automaton.restrict``; R is the batch size, or 1 for all rows alike."""
-
-    columns: Tensor  # int64 [R, C]: tokens still needed after each turn token and opening
-    text: Tensor  # int64 [R]: tokens still needed after a text id
-    grid: Tensor  # int64 [R, 2]: the exact image size, 0 for any
-    frames: Tensor  # int64 [R, 2]: least and largest number of audio frames
-
 
 class _Tables(NamedTuple):
-    """The automaton on one device: P phases, C classes, V padded ids."""
+    """The automaton as arrays of one kind, numpy's or torch's on one device: P phases, C classes, V padded ids."""
 
-    classes: Tensor  # int64 [V + 1]
-    sizes: Tensor  # int64 [V + 1]
-    next: Tensor  # int64 [P, C]
-    steps: Tensor  # int64 [P, 4], see Phase.count
-    cost: Tensor  # int64 [P, 6], see Phase.cost
-    modality: Tensor  # int64 [P]
-    allowed: Tensor  # bool [P + X, V]: the ids that may follow; X more rows for the phases with bulk, without it
-    lean: Tensor  # int64 [P]: the row of `allowed` without bulk, the phase itself if it has none
-    columns: Tensor  # int64 [C']: <user>, <assistant> and the openings
-    closings: Tensor  # int64 [A]: the closings of audio
-    grid: Tensor  # int64 [G]: 1..max_grid
+    xp: Any  # the module: numpy or torch
+    classes: Any  # int64 [V + 1]
+    ids: Any  # int64 [V], the classes without the last
+    edges: Any  # int64 [_EDGE + 8, P, C], with the cost of the target
+    cost: Any  # int64 [8, P]
+    zero: Any  # int64 [P]
+    refill: Any  # int64 [P]
+    modality: Any  # int64 [P]
+    ceiling: Any  # int64 [P], the bound of the budget: states.SIZE where an image size is chosen
+    ended: Any  # bool [P, C], <pad> after the end
+    between: Any  # bool [P]
+    text: Any  # bool [P]
 
 
 class Automaton:
@@ -114,54 +80,58 @@ class Automaton:
     def __init__(self, registry: VocabularyRegistry) -> None:
         self.registry = registry
         self.states = States(registry)
-        self._brackets = tuple(self.states.brackets.values())
-        self._grid = slice(registry.block("grid").start, registry.block("grid").end)
-        self._tables = {torch.device("cpu"): self._compile()}
-        self._unrestricted: dict[torch.device, Restrictions] = {}  # no restriction, compiled once a device
+        self._host = self._compile()
+        self._tables = {torch.device("cpu"): self._copy(torch.device("cpu"))}
+        self._free: dict[torch.device, Restrictions] = {}  # no restriction, compiled once a device
 
     def _compile(self) -> _Tables:
-        states, size = self.states, self.registry.padded_size
-        phases = states.phases
-        follow = np.full((len(phases), len(states.members)), FAILED)
-        allowed = np.zeros((len(phases), size), bool)
-        lean = np.arange(len(phases))
-        lean_rows: list[np.ndarray] = []
+        states, phases = self.states, self.states.phases
+        cost = np.array([dataclasses.astuple(phase.cost) for phase in phases]).T
+        edges = np.zeros((_EDGE, len(phases), len(states.names)), np.int64)
+        edges[0], edges[5] = FAILED, NEVER  # no edge: a window that nothing is in
         for p, phase in enumerate(phases):
-            for c, target in phase.edges.items():
-                follow[p, c] = target
-                allowed[p, states.members[c]] = True
-            if phase.bulk:
-                lean[p] = len(phases) + len(lean_rows)
-                lean_rows.append(allowed[p].copy())
-                for c in phase.bulk:
-                    lean_rows[-1][states.members[c]] = False
-        allowed[FAILED, self.registry.pad] = True
-        openings = [b.opening for b in self._brackets]
-        arrays = (
+            for c, e in phase.edges.items():
+                gated = e.starts or c in (TURN, EOS)
+                edges[:, p, c] = (e.to, *e.counter, *e.total, *e.window, e.outside, e.starts, gated)
+        between = [BODY, *(phases[BODY].edges[kind].to for kind in states.texts)]
+        ended = np.zeros((len(phases), len(states.names)), bool)
+        ended[[DONE, FAILED], PAD] = True
+        flags = np.zeros((2, len(phases)), bool)
+        flags[0, between] = flags[1, between[1:]] = True
+        return _Tables(
+            np,
             states.classes,
-            states.sizes,
-            follow,
-            np.array([p.count for p in phases]),
-            np.array([p.cost for p in phases]),
-            np.array([MODALITIES.index(p.modality) for p in phases]),
-            np.stack([*allowed, *lean_rows]),
-            lean,
-            np.array([self.registry.user, self.registry.assistant, *openings]),
-            np.array([b.closing for b in self._brackets if b.modality == "audio"], np.int64),
-            np.arange(1, self._grid.stop - self._grid.start + 1),
+            states.classes[:-1].copy(),
+            np.concatenate([edges, cost[:, edges[0]]]),
+            cost,
+            np.array([p if phase.zero is None else phase.zero for p, phase in enumerate(phases)]),
+            np.array([phase.refill for phase in phases]),
+            np.array([MODALITIES.index(phase.modality) for phase in phases]),
+            np.array([SIZE if GRID in phase.edges else ANY for phase in phases]),
+            ended,
+            *flags,
         )
-        return _Tables(*(torch.from_numpy(a) for a in arrays))
 
     def _on(self, device: torch.device) -> _Tables:
-        """The tables on a device, copied there once."""
+        """The tables for states on a device."""
+        if device.type == "cpu" and not torch.compiler.is_compiling():
+            return self._host
         if device not in self._tables:
-            self._tables[device] = _Tables(*(t.to(device) for t in self._tables[torch.device("cpu")]))
+            self._tables[device] = self._copy(device)
         return self._tables[device]
+
+    def _copy(self, device: torch.device) -> _Tables:
+        return _Tables(torch, *(torch.from_numpy(a).to(device) for a in self._host[1:]))
 
     def initial(self, batch: int, device: torch.device | str = "cpu") -> GrammarState:
         """``batch`` rows that await <bos>."""
-        phase = torch.full((batch,), START, dtype=torch.int64, device=device)
-        return GrammarState(phase, torch.zeros_like(phase))
+        return self._state([(START, 0, 0)] * batch, device)
+
+    def _state(self, rows: Sequence[tuple[int, int, int]], device: torch.device | str) -> GrammarState:
+        """A state of (phase, counter, total) in each row."""
+        values = torch.tensor([(*row, 0) for row in rows], dtype=torch.int64, device=device).reshape(len(rows), 4)
+        self._on(values.device)  # the tables go there now, not within a compiled step
+        return GrammarState(*(column.contiguous() for column in values.unbind(-1)))
 
     def advance(self, state: GrammarState, ids: Tensor) -> GrammarState:
         """The states after one more id in each row.
@@ -174,60 +144,18 @@ class Automaton:
             New states; a row whose id the grammar forbids becomes ``failed``, and stays so.
         """
         t = self._on(state.phase.device)
-        ids = ids.long()
+        phase, counter, total, stage = _native(t, state)
+        ids = _native(t, ids.long())
         last = len(t.classes) - 1
-        index = torch.where((ids < 0) | (ids >= last), last, ids)
-        a, b, c, d = t.steps[state.phase].unbind(-1)
-        size = t.sizes[index]
-        count = a * state.counter + b * size + c * state.counter * size + d
-        phase = t.next[state.phase, t.classes[index]]
-        phase = phase + ((t.cost[phase, 3] > 0) & (count == 0)).long()  # the last code of an image
-        return GrammarState(phase, torch.where(phase <= FAILED, 0, count))
-
-    def modality(self, state: GrammarState) -> Tensor:
-        """int64 [B]: index into ``MODALITIES`` of the segment that each row is in; text between segments."""
-        return self._on(state.phase.device).modality[state.phase]
-
-    def restrict(
-        self, restrictions: Restriction | Sequence[Restriction | None], device: torch.device | str = "cpu"
-    ) -> Restrictions:
-        """Compile restrictions once, for many calls of ``mask``.
-
-        Args:
-            restrictions: one for all rows, or one a row; None leaves a row free.
-            device: where the states are.
-
-        Raises:
-            VocabularyError: an image grid that the registry has no size tokens for.
-            ConfigError: an empty list.
-        """
-        rows = [restrictions] if isinstance(restrictions, Restriction) else list(restrictions)
-        if not rows:
-            raise ConfigError("got no restrictions, expected one a row or one")
-        columns, text, grid, frames = [], [], [], []
-        for row in rows:
-            r = row or Restriction()
-            h, w = r.grid or (1, 1)
-            if max(h, w) > self.registry.max_grid:
-                raise VocabularyError(
-                    f"image grid {h}x{w}, expected at most {self.registry.max_grid}: make the image smaller, or "
-                    "create a vocabulary with a larger max_grid"
-                )
-            costs = [1 if row is None else _NEVER] * 2
-            for b in self._brackets:
-                least = 4 + h * w if b.modality == "image" else 2 + len(b.codes) * r.min_frames
-                costs.append(least if b.modality in r.modalities else _NEVER)
-            columns.append(costs)
-            text.append(1 if "text" in r.modalities else _NEVER)
-            grid.append(r.grid or (0, 0))
-            frames.append((r.min_frames, _NEVER if r.max_frames is None else r.max_frames))
-        return Restrictions(*(torch.tensor(x, device=device) for x in (columns, text, grid, frames)))
-
-    def needed(
-        self, state: GrammarState, restrict: Restrictions | Restriction | Sequence[Restriction | None] | None = None
-    ) -> Tensor:
-        """int64 [B]: the tokens each row needs at least to reach its end, the final <eos> included."""
-        return self._needed(state, self._compiled(restrict, len(state.phase), state.phase.device))
+        kind = t.classes[t.xp.where((ids < 0) | (ids >= last), last, ids)]
+        to, *rest, starts, _ = t.edges[:_EDGE, phase, kind]
+        ok, counter, total = _move(rest, counter, total)
+        zero = counter == 0
+        counter = t.xp.where(zero, t.refill[to] * total, counter)
+        to = t.xp.where(zero, t.zero[to], to)
+        where = t.xp.where
+        after = (where(ok, to, FAILED), where(ok, counter, 0), where(ok, total, 0), stage + starts * ok)
+        return GrammarState(*map(_tensor, after))
 
     def mask(
         self,
@@ -249,37 +177,62 @@ class Automaton:
             bool [B, padded_size], True for an id that may follow.
         """
         t = self._on(state.phase.device)
-        phase, count = state
-        r = self._compiled(restrict, len(phase), phase.device)
-        cost = t.cost[phase]
-        levels, height = cost[:, 4], cost[:, 1] > 0
-        least, most = r.frames.unbind(-1)
-        limit = torch.full_like(phase, _UNLIMITED) if budget is None else budget.long().clamp(max=_UNLIMITED)
-        left = torch.maximum(limit, self._needed(state, r)) - 1  # tokens left after this one
+        r = self._compiled(restrict, len(state.phase), state.phase.device)
+        limits, rows = _native(t, r), _native(t, state)
+        phase, counter, total, stage = rows
+        needed, begun = (x[:, None] for x in _needed(t, rows, limits))
+        edge = t.edges[:, phase]
+        ok, counter, total = _move(edge[1:8], counter[:, None], total[:, None])
+        starts, gated = edge[8], edge[9]
+        cost, after = _cost(t, edge[_EDGE:], (counter, total, stage[:, None] + starts), limits)
+        row, stage = _row(t, phase, limits), t.xp.minimum(stage, limits.last)
+        left = limits.bounds[row, 1, t.ceiling[phase]]
+        if budget is not None:
+            left = t.xp.minimum(left, _native(t, budget.long()))
+        ok = ok & (cost >= needed - 1) & (cost < t.xp.maximum(left[:, None], needed))
+        ok = ok & (after <= t.xp.maximum(limits.bounds[row[:, None], 1, edge[-1]], begun))
+        ok = ok & (limits.gates[row, stage] | (gated == 0))
+        ok = ok | t.ended[phase]
+        return _tensor(ok[:, t.ids])
 
-        # Text between segments, or another audio frame: with or without, as whole rows of the table.
-        frame = levels + 1 + levels * (least - count - 1).clamp(min=0)
-        bulk = torch.where(phase == BODY, r.text, torch.where(count < most, frame, _NEVER))
-        mask = t.allowed[torch.where(bulk <= left, phase, t.lean[phase])]
+    def needed(
+        self, state: GrammarState, restrict: Restrictions | Restriction | Sequence[Restriction | None] | None = None
+    ) -> Tensor:
+        """int64 [B]: the tokens each row needs at least to reach its end, the final <eos> included."""
+        t = self._on(state.phase.device)
+        r = self._compiled(restrict, len(state.phase), state.phase.device)
+        return _tensor(_needed(t, _native(t, state), _native(t, r))[0])
 
-        # The rest are few columns. Openings are allowed in the body alone, closings at the end of a frame alone.
-        mask[:, t.columns] &= r.columns <= left[:, None]
-        mask[:, t.closings] &= (count >= least)[:, None]
+    def modality(self, state: GrammarState) -> Tensor:
+        """int64 [B]: index into ``MODALITIES`` of the segment that each row is in; text between segments."""
+        t = self._on(state.phase.device)
+        return _tensor(t.modality[_native(t, state.phase)])
 
-        # Image sizes: the height leaves room for the least width, the width for height * width codes.
-        exact = torch.where(height, r.grid[:, 0], r.grid[:, 1])[:, None]
-        each = torch.where(height, r.grid[:, 1].clamp(min=1), count)[:, None]
-        fits = t.grid * each <= (left - torch.where(height, 3, 2))[:, None]
-        mask[:, self._grid] &= fits & ((exact == 0) | (t.grid == exact))
-        return mask
+    def between(self, state: GrammarState) -> Tensor:
+        """bool [B]: the row is between segments or in a text: another segment, a turn or <eos> may follow."""
+        t = self._on(state.phase.device)
+        return _tensor(t.between[_native(t, state.phase)])
 
-    def _needed(self, state: GrammarState, r: Restrictions) -> Tensor:
-        """Phase.cost, evaluated."""
-        phase, n = state
-        base, area, width, count, levels, started = self._on(phase.device).cost[phase].unbind(-1)
-        h, w = r.grid.clamp(min=1).unbind(-1)
-        missing = (r.frames[:, 0] - n - started).clamp(min=0)
-        return base + area * h * w + width * n * w + count * n + levels * missing
+    def in_text(self, state: GrammarState) -> Tensor:
+        """bool [B]: the row's last id was of a text, which may go on."""
+        t = self._on(state.phase.device)
+        return _tensor(t.text[_native(t, state.phase)])
+
+    def restrict(
+        self, restrictions: Restriction | Sequence[Restriction | None], device: torch.device | str = "cpu"
+    ) -> Restrictions:
+        """Compile restrictions once, for many calls of ``mask``.
+
+        Args:
+            restrictions: one for all rows, or one a row; None leaves a row free.
+            device: where the states are.
+
+        Raises:
+            VocabularyError: an image grid that the registry has no size tokens for, or an unknown tokenizer.
+            ConfigError: an empty list, or a restriction that no sequence meets.
+        """
+        rows = [restrictions] if isinstance(restrictions, Restriction) else list(restrictions)
+        return compile_restrictions(self.states, rows, device)
 
     def _compiled(
         self,
@@ -288,11 +241,62 @@ class Automaton:
         device: torch.device,
     ) -> Restrictions:
         if restrict is None:
-            if device not in self._unrestricted:
-                self._unrestricted[device] = self.restrict([None], device)
-            return self._unrestricted[device]
+            if device not in self._free:
+                self._free[device] = self.restrict([None], device)
+            return self._free[device]
         if not isinstance(restrict, Restrictions):
             restrict = self.restrict(restrict, device)
-        if len(restrict.text) not in (1, batch):
-            raise ConfigError(f"got {len(restrict.text)} restrictions for {batch} rows, expected one a row or one")
+        if len(restrict.gates) not in (1, batch):
+            raise ConfigError(f"got {len(restrict.gates)} restrictions for {batch} rows, expected one a row or one")
         return restrict
+
+
+def _native(t: _Tables, tree: Any) -> Any:
+    """A tensor, or a tuple of tensors, as the tables' kind of array: numpy views of them, or themselves."""
+    if t.xp is not np:
+        return tree
+    return tree.numpy() if isinstance(tree, Tensor) else type(tree)(*(x.numpy() for x in tree))
+
+
+def _tensor(array: Any) -> Tensor:
+    """The inverse of ``_native``."""
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+
+
+def _move(edge: Sequence[Any], counter: Any, total: Any) -> tuple[Any, Any, Any]:
+    """Whether edges may be taken, and the numbers after them; ``edge`` from ``times`` to ``outside``."""
+    times, plus, keep, take, low, high, outside = edge
+    ok = ((low < counter) & (counter <= total + high)) != outside
+    return ok, times * counter + plus, keep * total + take * counter
+
+
+def _row(t: _Tables, like: Any, limits: Restrictions) -> Any:
+    """Which of the restrictions holds for each row of ``like``, int64 [B] or [B, 1]."""
+    zero = t.xp.zeros_like(like)
+    return zero if len(limits.gates) == 1 else zero + t.xp.cumsum(t.xp.ones_like(like), 0) - 1
+
+
+def _needed(t: _Tables, state: GrammarState, limits: Restrictions) -> tuple[Any, Any]:
+    """int64 [B] each: the least number of tokens to the end; the audio frames begun, in audio."""
+    phase, *numbers = (x[:, None] for x in state)
+    return tuple(x[:, 0] for x in _cost(t, t.cost[:, phase], numbers, limits))
+
+
+def _cost(t: _Tables, terms: Any, numbers: Sequence[Any], limits: Restrictions) -> tuple[Any, Any]:
+    """``states.Cost`` evaluated with what ``next`` still asks for, and the audio frames begun.
+
+    Args:
+        terms: int64 [8, B, X], the coefficients.
+        numbers: counter, total and stage, int64 [B, X] or [B, 1].
+        limits: of the batch.
+    """
+    base, area, width, count, more, frames, started, bound = terms
+    counter, total, stage = numbers
+    row = _row(t, base[:, :1], limits)
+    height, side = limits.smallest[row, 0], limits.smallest[row, 1]
+    begun = counter + started
+    cost = base + area * (height * side) + (width * side + count) * counter + more * total
+    cost = cost + frames * t.xp.maximum(limits.bounds[row, 0, bound], begun)
+    if limits.reserve.shape[1] > 1:
+        cost = cost + limits.reserve[row, t.xp.minimum(stage, limits.last)]
+    return cost, begun

@@ -2,16 +2,17 @@
 
     document := <bos> turn* <eos>
     turn     := [<user> | <assistant>] segment*
-    segment  := text-id+ | <image> grid(h) grid(w) code{h*w} </image> | <audio> frame* </audio>
-    frame    := one code of each level of the audio tokenizer, level 0 first
+    segment  := text-id+ | <image> grid(h) grid(w) code{h*w} </image> | <audio> code* </audio>
 
-Audio may have no frames. After <eos> only <pad> may follow. ``Grammar`` parses whole arrays with one vectorised step
-a segment; what it inherits from ``Automaton`` follows single tokens of a batch. Both accept the same sequences.
+The codes of a sound stand in the order of its tokenizer's layout: frame after frame, level after level, or delayed with
+fill tokens in the gaps. Audio may have no frames. After <eos> only <pad> may follow. ``Grammar`` parses whole arrays
+with one vectorised step a segment; what it inherits from ``Automaton`` follows single tokens of a batch. Both accept
+the same sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,11 @@ import torch
 from mmtok.arrays import integers
 from mmtok.automaton import Automaton
 from mmtok.automaton import GrammarState as GrammarState
-from mmtok.automaton import Restriction as Restriction
-from mmtok.automaton import Restrictions as Restrictions
-from mmtok.errors import SequenceError, VocabularyError
-from mmtok.layouts import Interleaved
+from mmtok.errors import LayoutError, SequenceError, VocabularyError
+from mmtok.layouts import CodebookMajor, Delayed, Layout
 from mmtok.registry import VocabularyRegistry
+from mmtok.restrictions import Restriction as Restriction
+from mmtok.restrictions import Restrictions as Restrictions
 from mmtok.states import BODY, BOS, DONE, EOS, GRID, PAD, START, TURN, Bracketed
 
 
@@ -37,7 +38,7 @@ class Span:
         kind: ``control``, ``text``, ``image`` or ``audio``.
         start, end: slice of the ids, opening and closing tokens included.
         tokenizer: whose codes these are, empty for control.
-        shape: image (h, w); audio (K, T); text (n,); control ().
+        shape: image (h, w); audio (K, T), codebooks and frames; text (n,); control ().
         name: of a control token: ``<bos>``, ``<user>``, ``<assistant>``, ``<eos>``; ``<pad>`` for all the padding.
     """
 
@@ -58,14 +59,20 @@ class Grammar(Automaton):
 
     def __init__(self, registry: VocabularyRegistry) -> None:
         super().__init__(registry)
+        self._brackets = tuple(self.states.brackets.values())
         self._by_name = {b.tokenizer: b for b in self._brackets}
         # Ids of one tokenizer are one group, so that a run of audio codes is found as one; other classes stay apart.
-        self._group = np.arange(len(self.states.members))
+        self._group = np.arange(len(self.states.names))
+        self._group[GRID : GRID + registry.max_grid] = GRID
+        choice = np.ones(registry.padded_size, bool)
+        choice[[registry.pad, registry.bos]] = False
         for b in self._brackets:
             self._group[b.codes] = b.codes[0]
-        free = np.ones(registry.padded_size, bool)
-        free[[registry.pad, registry.bos, *(b.closing for b in self._brackets if b.modality == "image")]] = False
-        self._free = free
+            choice[b.closing] = b.closes_by_choice
+            if isinstance(b.layout, Delayed):
+                self._group[b.codes[-1] + 1] = b.codes[0]
+                choice[b.layout.fill] = False
+        self._choice = choice
 
     # --- parsing
 
@@ -80,13 +87,15 @@ class Grammar(Automaton):
             VocabularyError: not a one-dimensional array of integers.
         """
         ids = self._checked(ids)
-        spans, phase, _ = self._parse(ids)
-        if phase != DONE:
-            raise SequenceError(len(ids), "the end of the sequence", self.states.phases[phase].expected)
+        spans, state = self._parse(ids)
+        if state[0] != DONE:
+            raise SequenceError(len(ids), "the end of the sequence", self.states.expected(*state))
         return spans
 
     def resume(self, prompts: Sequence[Any], device: torch.device | str = "cpu") -> GrammarState:
         """The states after prompts, each the beginning of a document: the batch to go on generating from.
+
+        What follows a prompt that ends in text is a segment of its own, which counts for ``Restriction.next``.
 
         Args:
             prompts: integers [n], one array a row; lengths may differ.
@@ -96,9 +105,7 @@ class Grammar(Automaton):
             SequenceError: an id that cannot follow those before it.
             VocabularyError: a prompt is not a one-dimensional array of integers.
         """
-        ends = [self._parse(self._checked(ids))[1:] for ids in prompts]
-        phase, counter = torch.tensor(ends, dtype=torch.int64, device=device).reshape(len(ends), 2).unbind(-1)
-        return GrammarState(phase, counter)
+        return self._state([self._parse(self._checked(ids))[1] for ids in prompts], device)
 
     def _checked(self, ids: Any) -> np.ndarray:
         array = integers(ids, "ids")
@@ -111,8 +118,8 @@ class Grammar(Automaton):
         last = len(self.states.classes) - 1
         return self.states.classes[np.where((ids < 0) | (ids >= last), last, ids).astype(np.int64)]
 
-    def _parse(self, ids: np.ndarray) -> tuple[list[Span], int, int]:
-        """The complete spans of a valid beginning of a document, and the (phase, counter) that it ends in."""
+    def _parse(self, ids: np.ndarray) -> tuple[list[Span], tuple[int, int, int]]:
+        """The complete spans of a valid beginning of a document, and the (phase, counter, total) that it ends in."""
         classes, n = self._classes(ids), len(ids)
         group = self._group[classes]
         ends = np.append(np.flatnonzero(group[1:] != group[:-1]) + 1, n)  # of runs of one group
@@ -122,7 +129,7 @@ class Grammar(Automaton):
 
         spans: list[Span] = []
         if n == 0:
-            return spans, START, 0
+            return spans, (START, 0, 0)
         if classes[0] != BOS:
             raise self._error(ids, 0, START)
         spans.append(Span("control", 0, 1, "", (), "<bos>"))
@@ -134,62 +141,57 @@ class Grammar(Automaton):
                 spans.append(Span("text", at, end, self.states.texts[kind], (end - at,)))
             elif kind in self.states.brackets:
                 bracket = self.states.brackets[kind]
-                if bracket.modality == "image":
-                    span, phase, counter = self._read_image(ids, classes, at, bracket)
-                else:
-                    span, phase, counter = self._read_audio(ids, classes, at, run_end(at + 1), bracket)
+                read = self._read_image if bracket.modality == "image" else self._read_audio
+                span = read(ids, classes, at, run_end(at + 1), bracket)
                 if span is None:
-                    return spans, phase, counter
+                    return spans, self._walk(ids, classes, at)
                 spans.append(span)
             elif kind in (TURN, EOS):
                 spans.append(Span("control", at, at + 1, "", (), self.registry.describe(int(ids[at]))))
                 if kind == EOS:
-                    return spans + self._read_padding(ids, classes, at + 1), DONE, 0
+                    return spans + self._read_padding(ids, classes, at + 1), (DONE, 0, 0)
             else:
                 raise self._error(ids, at, BODY)
             at = spans[-1].end
-        return spans, BODY, 0
+        return spans, (BODY, 0, 0)
 
-    def _read_image(self, ids: np.ndarray, classes: np.ndarray, at: int, b: Bracketed) -> tuple[Span | None, int, int]:
-        """The image that opens at ``at``; no span, but a phase and counter, if the ids end within it."""
-        n, first = len(ids), b.first
-        counter = 0
-        for i in (0, 1):
-            if at + 1 + i == n:
-                return None, first + i, counter
-            if classes[at + 1 + i] != GRID:
-                raise self._error(ids, at + 1 + i, first + i)
-            counter = int(self.states.sizes[ids[at + 1]])
-        h, w = counter, int(self.states.sizes[ids[at + 2]])
+    def _read_image(self, ids: np.ndarray, classes: np.ndarray, at: int, end: int, b: Bracketed) -> Span | None:
+        """The image that opens at ``at``, None if something is wrong with it or the ids end within it."""
+        sizes = classes[at + 1 : at + 3] - GRID + 1
+        if len(sizes) < 2 or min(sizes) < 1 or max(sizes) > self.registry.max_grid:
+            return None
+        h, w = (int(x) for x in sizes)
         start, end = at + 3, at + 3 + h * w
-        wrong = np.flatnonzero(classes[start:end] != b.codes[0])
-        if len(wrong):
-            raise self._error(ids, start + int(wrong[0]), first + 2)
-        if end > n:
-            return None, first + 2, end - n
-        if end == n:
-            return None, first + 3, 0
-        if ids[end] != b.closing:
-            raise self._error(ids, end, first + 3)
-        return Span("image", at, end + 1, b.tokenizer, (h, w)), BODY, 0
+        if end >= len(ids) or ids[end] != b.closing or (classes[start:end] != b.codes[0]).any():
+            return None
+        return Span("image", at, end + 1, b.tokenizer, (h, w))
 
-    def _read_audio(
-        self, ids: np.ndarray, classes: np.ndarray, at: int, end: int, b: Bracketed
-    ) -> tuple[Span | None, int, int]:
+    def _read_audio(self, ids: np.ndarray, classes: np.ndarray, at: int, end: int, b: Bracketed) -> Span | None:
         """The same for audio; ``end`` is where the run of ids of one tokenizer that follows the opening ends."""
-        n, k, start = len(ids), len(b.codes), at + 1
-        if start == n or classes[start] not in b.codes:
+        assert b.layout is not None
+        start = at + 1
+        if start < len(ids) and self._group[classes[start]] != b.codes[0]:
             end = start
-        due = np.arange(end - start) % k
-        wrong = np.flatnonzero(classes[start:end] - b.codes[0] != due)
-        if len(wrong):
-            raise self._error(ids, start + int(wrong[0]), b.first + int(due[wrong[0]]))
-        frames, level = divmod(end - start, k)
-        if end == n:
-            return None, b.first + level, frames
-        if level or ids[end] != b.closing:
-            raise self._error(ids, end, b.first + level)
-        return Span("audio", at, end + 1, b.tokenizer, (k, frames)), BODY, 0
+        if end >= len(ids) or ids[end] != b.closing:
+            return None
+        try:
+            frames = b.layout.frames(end - start)
+        except LayoutError:
+            return None
+        levels = b.layout.levels(frames)
+        if not np.array_equal(classes[start:end], b.codes[0] + np.where(levels < 0, len(b.codes), levels)):
+            return None
+        return Span("audio", at, end + 1, b.tokenizer, (len(b.codes), frames))
+
+    def _walk(self, ids: np.ndarray, classes: np.ndarray, at: int) -> tuple[int, int, int]:
+        """The state at the end of a segment that opens at ``at`` and is cut short; raises where it is wrong."""
+        state = (BODY, 0, 0)
+        for i in range(at, len(ids)):
+            after = self.states.step(*state, int(classes[i]))
+            if after is None:
+                raise self._error(ids, i, *state)
+            state = after
+        return state
 
     def _read_padding(self, ids: np.ndarray, classes: np.ndarray, at: int) -> list[Span]:
         wrong = np.flatnonzero(classes[at:] != PAD)
@@ -197,17 +199,18 @@ class Grammar(Automaton):
             raise self._error(ids, at + int(wrong[0]), DONE)
         return [Span("control", at, len(ids), "", (), "<pad>")] if at < len(ids) else []
 
-    def _error(self, ids: np.ndarray, position: int, phase: int) -> SequenceError:
+    def _error(self, ids: np.ndarray, position: int, phase: int, counter: int = 0, total: int = 0) -> SequenceError:
         got = self.registry.describe(int(ids[position]))
-        return SequenceError(position, got, self.states.phases[phase].expected)
+        return SequenceError(position, got, self.states.expected(phase, counter, total))
 
     # --- codes
 
-    def segment_codes(self, ids: Any, span: Span) -> np.ndarray:
+    def segment_codes(self, ids: Any, span: Span) -> Any:
         """The codes of a text, image or audio span of ``spans(ids)``.
 
         Returns:
-            int64, local to the tokenizer: text [n], image [h, w], audio [K, T].
+            int64, local to the tokenizer: text [n], image [h, w], audio [K, T]; of a layout with several codes of a
+            level in a frame a tuple of K arrays [rate * T].
 
         Raises:
             SequenceError: the ids are not those that the span was parsed from.
@@ -220,25 +223,35 @@ class Grammar(Automaton):
         skip = {"text": (0, 0), "image": (3, 1), "audio": (1, 1)}[span.kind]
         start, end = span.start + skip[0], span.end - skip[1]
         part = array[start:end].astype(np.int64)
-        n = int(np.prod(span.shape))
-        if len(part) != n:
-            raise SequenceError(start, f"{len(part)} codes", f"{n} codes of {span.tokenizer}; parse these ids anew")
-        owner = np.resize(np.arange(len(blocks)), n)  # which codebook each position belongs to, frame after frame
-        codes = part - np.array([b.start for b in blocks])[owner]
-        wrong = np.flatnonzero((codes < 0) | (codes >= np.array([b.size for b in blocks])[owner]))
+        layout = self._layout(span)
+        levels = np.zeros(int(np.prod(span.shape)), np.int64) if layout is None else layout.levels(span.shape[1])
+        if len(part) != len(levels):
+            raise SequenceError(start, f"{len(part)} ids", f"{len(levels)} of {span.tokenizer}; parse these ids anew")
+        low = np.array([b.start for b in blocks])[levels]
+        high = np.array([b.end for b in blocks])[levels]
+        if layout is not None and layout.fill is not None:
+            low, high = (np.where(levels < 0, layout.fill + i, x) for i, x in enumerate((low, high)))
+        wrong = np.flatnonzero((part < low) | (part >= high))
         if len(wrong):
             at = start + int(wrong[0])
-            raise SequenceError(
-                at, self.registry.describe(int(array[at])), f"{blocks[owner[wrong[0]]].name} code; parse these ids anew"
-            )
-        return Interleaved(span.shape[0]).unflatten(codes) if span.kind == "audio" else codes.reshape(span.shape)
+            want = self.registry.describe(int(low[wrong[0]]))
+            raise SequenceError(at, self.registry.describe(int(array[at])), f"{want} or the like; parse these ids anew")
+        if layout is None:
+            return (part - low).reshape(span.shape)
+        codes = layout.unflatten(part)
+        if isinstance(codes, tuple):
+            return tuple(level - b.start for level, b in zip(codes, blocks, strict=True))
+        return codes - np.array([b.start for b in blocks])[:, None]
+
+    def _layout(self, span: Span) -> Layout | None:
+        return self._by_name[span.tokenizer].layout if span.kind == "audio" else None
 
     def segment_ids(self, tokenizer: str, codes: Any) -> np.ndarray:
         """The inverse of ``segment_codes``: a whole segment, with opening, size and closing tokens.
 
         Args:
             tokenizer: a name, or a modality for its default tokenizer.
-            codes: integers: text [n], image [h, w] with sides of 1..max_grid, audio [K, T].
+            codes: integers: text [n], image [h, w] with sides of 1..max_grid, audio [K, T] or K arrays [rate * T].
 
         Returns:
             int64 [m].
@@ -246,36 +259,57 @@ class Grammar(Automaton):
         Raises:
             VocabularyError: a wrong shape, or a code out of range (its position is named).
         """
-        spec, array = self.registry.tokenizer(tokenizer), integers(codes, f"codes of {tokenizer}")
-        blocks, grid = self.registry.blocks_of(spec.name), self.registry.block("grid")
-        k, index = len(blocks), [self.registry.blocks.index(b) for b in blocks]
-        shape, form = array.shape, {"text": "[n]", "image": "[h, w]", "audio": f"[{k}, T]"}[spec.modality]
-        if len(shape) != (1 if spec.modality == "text" else 2) or (spec.modality == "audio" and shape[0] != k):
+        spec = self.registry.tokenizer(tokenizer)
+        b = self._by_name.get(spec.name)
+        if b is not None and b.layout is not None:
+            return self._audio_ids(b, b.layout, codes)
+        array, grid = integers(codes, f"codes of {tokenizer}"), self.registry.block("grid")
+        shape, form = array.shape, {"text": "[n]", "image": "[h, w]"}[spec.modality]
+        if len(shape) != len(form.split()):
             raise VocabularyError(f"codes of {spec.name} have shape {list(shape)}, expected {form}")
-        if spec.modality == "text":
-            return self.registry.merge(index[0], array)
-        b = self._by_name[spec.name]
-        if spec.modality == "audio":
-            flat = Interleaved(k).flatten(self.registry.merge(np.array(index)[:, None], array))
-            return np.concatenate([[b.opening], flat, [b.closing]])
+        index = self.registry.blocks.index(self.registry.blocks_of(spec.name)[0])
+        if b is None:
+            return self.registry.merge(index, array)
         if min(shape) < 1 or max(shape) > grid.size:
             raise VocabularyError(
                 f"an image of {shape[0]}x{shape[1]} codes, expected sides of 1..{grid.size}: resize the image, or "
                 "create a vocabulary with a larger max_grid"
             )
         head = [b.opening, grid.start + shape[0] - 1, grid.start + shape[1] - 1]
-        return np.concatenate([head, self.registry.merge(index[0], array).reshape(-1), [b.closing]])
+        return np.concatenate([head, self.registry.merge(index, array).reshape(-1), [b.closing]])
+
+    def _audio_ids(self, b: Bracketed, layout: Layout, codes: Any) -> np.ndarray:
+        """A whole audio segment."""
+        blocks, ragged = self.registry.blocks_of(b.tokenizer), set(layout.rates) != {1}
+        form = f"{len(blocks)} arrays of {layout.rates} codes a frame" if ragged else f"[{len(blocks)}, T]"
+        parts = [integers(part, f"codes of {b.tokenizer}") for part in (codes if ragged else [codes])]
+        shapes = [list(part.shape) for part in parts]
+        if ragged and (len(parts) != len(blocks) or any(part.ndim != 1 for part in parts)):
+            raise VocabularyError(f"codes of {b.tokenizer} have shapes {shapes}, expected {form}")
+        if not ragged and (len(shapes[0]) != 2 or shapes[0][0] != len(blocks)):
+            raise VocabularyError(f"codes of {b.tokenizer} have shape {shapes[0]}, expected {form}")
+        index = [self.registry.blocks.index(block) for block in blocks]
+        if ragged:
+            merged = [self.registry.merge(i, part) for i, part in zip(index, parts, strict=True)]
+        else:
+            merged = self.registry.merge(np.array(index)[:, None], parts[0])
+        try:
+            return np.concatenate([[b.opening], layout.flatten(merged), [b.closing]])
+        except LayoutError as error:
+            raise VocabularyError(f"codes of {b.tokenizer}: {error}") from error
 
     # --- training and inspection
 
     def loss_mask(self, ids: Any) -> np.ndarray:
-        """Which target ids are a choice, and so worth a loss: all but <pad>, <bos> and the closings of images.
+        """Which target ids are a choice, and so worth a loss: all but those that what stands before them forces.
 
-        These alone are forced by what stands before them. The mask looks at single ids, so it serves cut and packed
-        sequences too.
+        Forced are <pad>, <bos>, the closings of images, and in layouts whose end shows earlier the closings of sounds;
+        of the fills of a delayed layout all but the first at the deciding level, which ends the sound. The mask looks
+        at no more than an id and those of the step before, so it serves cut and packed sequences too; a fill whose
+        step before is cut off counts as forced.
 
         Args:
-            ids: integers of any shape, numpy, torch or lists.
+            ids: integers [..., n], numpy, torch or lists.
 
         Returns:
             bool numpy array of the same shape.
@@ -284,16 +318,34 @@ class Grammar(Automaton):
             VocabularyError: an id outside the vocabulary.
         """
         array = integers(ids, "ids")
-        bad = (array < 0) | (array >= len(self._free))
+        bad = (array < 0) | (array >= len(self._choice))
         if bad.any():
-            raise VocabularyError(f"id {array[bad][0]}, expected 0..{len(self._free) - 1}")
-        return self._free[array.astype(np.int64)]
+            raise VocabularyError(f"id {array[bad][0]}, expected 0..{len(self._choice) - 1}")
+        array = array.astype(np.int64)
+        mask = self._choice[array]
+
+        def before(steps: int) -> np.ndarray:
+            """The classes of the ids so many places earlier, PAD where there are none."""
+            shifted = np.full(array.shape, PAD)
+            if steps < array.shape[-1]:
+                shifted[..., steps:] = self.states.classes[array[..., : array.shape[-1] - steps]]
+            return shifted
+
+        for kind, b in self.states.brackets.items():
+            if isinstance(b.layout, Delayed) and b.spread:
+                k = len(b.codes)
+                ends = (before(k) == b.codes[b.deciding]) | (before(b.lead * k + b.deciding + 1) == kind)
+                mask |= (array == b.layout.fill) & ends
+            elif isinstance(b.layout, CodebookMajor) and len(b.codes) > 1:
+                mask |= (array == b.closing) & (before(1) == kind)
+        return mask
 
     def listing(self, ids: Any) -> list[dict[str, Any]]:
         """A document with notes, one row an id.
 
         Each row has ``position``, ``id``, ``kind`` and ``description``; codes have ``tokenizer`` and ``code``, image
-        codes ``row`` and ``column``, audio codes ``frame``, ``level`` and, where the tokenizer says so, ``time_s``.
+        codes ``row`` and ``column``, audio codes ``frame``, ``level``, of several in a frame the ``index`` among them,
+        and, where the tokenizer says so, ``time_s``.
 
         Raises:
             SequenceError, VocabularyError: as ``spans``.
@@ -301,23 +353,46 @@ class Grammar(Automaton):
         array = self._checked(ids)
         rows: list[dict[str, Any]] = []
         for span in self.spans(array):
-            spec = self.registry.tokenizer(span.tokenizer) if span.tokenizer else None
-            blocks = self.registry.blocks_of(span.tokenizer) if span.tokenizer else ()
-            lead = {"image": 3, "audio": 1}.get(span.kind, 0)
+            note = self._notes(span)
             for position in range(span.start, span.end):
-                id, i = int(array[position]), position - span.start - lead
+                id = int(array[position])
                 row: dict[str, Any] = {"position": position, "id": id, "kind": span.kind}
                 row["description"] = self.registry.describe(id)
-                rows.append(row)
-                if spec is None or not 0 <= i < int(np.prod(span.shape)):
-                    continue
-                row["tokenizer"] = spec.name
-                level = i % span.shape[0] if span.kind == "audio" else 0
-                row["code"] = id - blocks[level].start
-                if span.kind == "image":
-                    row["row"], row["column"] = divmod(i, span.shape[1])
-                elif span.kind == "audio":
-                    row["frame"], row["level"] = divmod(i, span.shape[0])
-                    if "hop" in spec.properties and "sample_rate" in spec.properties:
-                        row["time_s"] = row["frame"] * spec.properties["hop"] / spec.properties["sample_rate"]
+                rows.append(row | note(position, id))
         return rows
+
+    def _notes(self, span: Span) -> Callable[[int, int], dict[str, Any]]:
+        """What the listing adds to a row of this span: a function of position and id."""
+        if not span.tokenizer:
+            return lambda position, id: {}
+        spec, blocks = self.registry.tokenizer(span.tokenizer), self.registry.blocks_of(span.tokenizer)
+        lead = {"text": 0, "image": 3, "audio": 1}[span.kind]
+        layout = self._layout(span)
+        if layout is None:
+            levels = order = np.zeros(int(np.prod(span.shape)), np.int64)
+        else:
+            levels, order = layout.levels(span.shape[1]), layout.order(span.shape[1])
+            firsts = np.cumsum([0, *layout.rates]) * span.shape[1]
+        rate = 0.0
+        if "hop" in spec.properties and "sample_rate" in spec.properties:
+            rate = spec.properties["sample_rate"] / spec.properties["hop"]
+
+        def note(position: int, id: int) -> dict[str, Any]:
+            i = position - span.start - lead
+            if not 0 <= i < len(levels) or levels[i] < 0:
+                return {}
+            level = int(levels[i])
+            out: dict[str, Any] = {"tokenizer": spec.name, "code": id - blocks[level].start}
+            if span.kind == "image":
+                out["row"], out["column"] = divmod(i, span.shape[1])
+            elif layout is not None:
+                index = int(order[i] - firsts[level])
+                out["frame"], which = divmod(index, layout.rates[level])
+                out["level"] = level
+                if layout.rates[level] > 1:
+                    out["index"] = which
+                if rate:
+                    out["time_s"] = index / (rate * layout.rates[level])
+            return out
+
+        return note

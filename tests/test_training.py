@@ -417,6 +417,24 @@ def test_sequence_loss_is_the_plain_one(weight):
     assert torch.isfinite(model.model.embed_tokens.weight.grad).all()
 
 
+@pytest.mark.parametrize("layout", ["interleaved", "codebook-major", "delayed:0,1,2", "delayed:2,1,1", "delayed:1,1,1"])
+def test_all_that_may_stand_in_place_of_a_code_competes_with_it(layout):
+    registry = VocabularyRegistry.create([TokenizerSpec("sounds", "audio", (4, 3, 2), "a", layout=layout)], max_grid=2)
+    grammar = Grammar(registry)
+    loss = SequenceLoss(grammar)
+    for frames in (0, 1, 4):
+        sound = grammar.segment_ids("sounds", np.stack([np.arange(frames) % size for size in (4, 3, 2)]))
+        ids = np.concatenate([[registry.bos], sound, [registry.eos]])
+        for t in range(2, len(ids) - 1):
+            target, may_be = int(ids[t]), grammar.mask(grammar.resume([ids[:t]]))[0].nonzero()[:, 0].tolist()
+            assert grammar.loss_mask(ids)[t] == (len(may_be) > 1)
+            if len(may_be) > 1:
+                group = int(loss.group[target])
+                assert loss.names[group].startswith("audio.")
+                assert set(may_be) <= set(loss.columns[group].tolist())
+                assert int(loss.place[group, target]) >= 0
+
+
 def test_loss_without_targets_is_zero_and_differentiable():
     registry = vocabulary()
     model = Transformer(TransformerConfig(registry.padded_size, 8, 8, 1, 1, 1, 8))

@@ -1,18 +1,19 @@
 """The loss of the reference transformer: cross-entropy among the ids that the grammar lets compete.
 
-After ``<audio>`` and whole frames only the first codebook and ``</audio>`` can follow; within a frame only the next
-codebook; within a picture only its codes. Scoring just those columns is what masked sampling does too, and it saves
-most of the output projection.
+Within a picture only its codes can follow; within a sound only the codes of the level that is due, with what may end
+the sound there: the closing after whole frames, in a delayed layout the fill, in a codebook-major one the next level.
+Scoring just those columns is what masked sampling does too, and it saves most of the output projection.
 """
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mmtok.blocks import Block
 from mmtok.grammar import Grammar
+from mmtok.layouts import Delayed
 from mmtok.transformer.model import Transformer
 from mmtok.transformer.packing import attention_mask
 
@@ -28,7 +29,7 @@ class SequenceLoss:
     def __init__(self, grammar: Grammar, text_weight: float = 1.0) -> None:
         registry = grammar.registry
         self.text_weight = text_weight
-        self.free = torch.from_numpy(grammar.loss_mask(np.arange(registry.padded_size)))
+        self.grammar = grammar
         self.names: list[str] = ["text"]
         self.columns: list[Tensor] = [
             torch.cat(
@@ -43,9 +44,9 @@ class SequenceLoss:
         for block in registry.blocks:
             if block.modality not in ("image", "audio"):
                 continue
-            columns = torch.arange(block.start, block.start + block.size)
-            if block.modality == "audio" and block.codebook == 0:  # a new frame, or the end
-                columns = torch.cat([columns, torch.tensor([registry.closing(block.tokenizer)])])
+            columns = torch.tensor([*range(block.start, block.end), *_ends(grammar, block)])
+            if self.group[columns[0]]:  # came with the level before
+                continue
             self.group[columns] = len(self.columns)
             self.names.append(block.name)
             self.columns.append(columns)
@@ -76,7 +77,8 @@ class SequenceLoss:
         read = ids if seen is None else seen
         hidden = model.hidden(read[:, :-1], positions[:, :-1], attention_mask(document[:, :-1]))
         target = ids[:, 1:]
-        wanted = answer[:, 1:] & (document[:, 1:] == document[:, :-1]) & self.free.to(ids.device)[target]
+        free = torch.from_numpy(self.grammar.loss_mask(ids)).to(ids.device)[:, 1:]
+        wanted = answer[:, 1:] & (document[:, 1:] == document[:, :-1]) & free
         hidden, target = hidden[wanted], target[wanted]
         group = self.group.to(ids.device)[target]
         # without a target: a zero that can still be differentiated
@@ -93,3 +95,17 @@ class SequenceLoss:
                 weight = self.text_weight if i == 0 else 1.0
                 total, weights = total + weight * loss, weights + weight * count
         return total / max(1.0, weights), parts
+
+
+def _ends(grammar: Grammar, block: Block) -> list[int]:
+    """The ids that compete with a block's codes because they end the sound, or its first level."""
+    registry = grammar.registry
+    b = next(b for b in grammar.states.brackets.values() if b.tokenizer == block.tokenizer)
+    if b.layout is None:
+        return []
+    if b.closes_by_choice:
+        return [b.closing] if block.codebook == b.layout.slot_levels[0] else []
+    if isinstance(b.layout, Delayed):
+        return [b.layout.fill] if block.codebook == b.deciding else []
+    following = registry.blocks_of(b.tokenizer)[1]
+    return [b.closing, *range(following.start, following.end)] if block.codebook == 0 else []

@@ -4,9 +4,9 @@ Request    -- a prompt and what the answer must contain
 generate   -- requests of any lengths and targets in one batch -> one Generation each
 Stats      -- what the batch cost, beside the limits of the machine
 
-Each step the grammar's mask (which knows the tokens left) meets a gate (which knows the segments asked for, and keeps
-room for those still to come). Only the columns of the output projection that some row may take are multiplied, and
-runs of ids that leave no choice skip the model: they are fed together with the next id that does.
+The grammar's mask knows the segments asked for and the tokens left. Only the columns of the output projection that some
+row may take are multiplied, and runs of ids that leave no choice skip the model: they are fed together with the next id
+that does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,13 +22,11 @@ from torch import Tensor
 
 from mmtok.errors import ConfigError, SequenceError
 from mmtok.grammar import Grammar, GrammarState, Restriction, Restrictions
-from mmtok.registry import VocabularyRegistry
 from mmtok.transformer.cache import KVCache
 from mmtok.transformer.decoder import Decoder
 from mmtok.transformer.model import Transformer
 from mmtok.transformer.sampling import Sampler, Sampling, uniforms
 
-OPEN, ENDING = 0, 1  # gates: anything; <eos>
 DEFAULT = Sampling()
 
 
@@ -113,94 +111,58 @@ class Generation:
 
 
 class Rows(NamedTuple):
-    """The state of the rows that are computed; S is one more than the most targets of a request."""
+    """The state of the rows that are computed."""
 
     state: GrammarState
     limits: Restrictions
     left: Tensor  # int64 [B]: ids that may still be emitted
-    stage: Tensor  # int64 [B]: the target being filled, then the end
-    begun: Tensor  # bool [B]: in a text target that has its first id
-    gates: Tensor  # int64 [B, S]: the gate of each stage
-    is_text: Tensor  # bool [B, S]: the stage is a text target
-    reserve: Tensor  # int64 [B, S]: ids to keep for the stages after
-    entry: Tensor  # int64 [B, S]: the id that a stage begins with, if it has no choice
+    asked: Tensor  # bool [B]: the request names its targets
     chance: Tensor  # float [B, N]: a number for each step
 
     def select(self, index: Tensor) -> Rows:
         """These rows only."""
-        return _select(self, index)
-
-
-def _select(tree: Any, index: Tensor) -> Any:
-    return tree[index] if isinstance(tree, Tensor) else type(tree)(*(_select(x, index) for x in tree))
-
-
-class Plan:
-    """What the targets of a batch of requests mean as tensors: gates, and which ids begin and end a target."""
-
-    def __init__(self, grammar: Grammar, requests: Sequence[Request], seed: int, device: torch.device) -> None:
-        registry = grammar.registry
-        self.registry = registry
-        size = registry.padded_size
-        text = np.zeros(size, bool)
-        for block in registry.blocks:
-            if block.modality == "text":
-                text[block.start : block.end] = True
-        media = [t.name for t in registry.tokenizers if t.modality != "text"]
-        openings = [registry.opening(name) for name in media]
-        closes = np.zeros(size, bool)
-        closes[[registry.closing(name) for name in media]] = True
-        ending = np.zeros(size, bool)
-        ending[[registry.eos, registry.pad]] = True
-        gates = [np.ones(size, bool), ending]
-        known: dict[str, int] = {}
-        stages = max(len(r.targets) for r in requests) + 1
-        shape = (len(requests), stages)
-        gate, entry = np.full(shape, ENDING), np.full(shape, registry.eos)
-        is_text, reserve = np.zeros(shape, bool), np.zeros(shape, np.int64)
-        for i, request in enumerate(requests):
-            costs = _check(grammar, i, request)
-            if not request.targets:
-                gate[i] = OPEN
-            for j, target in enumerate(request.targets):
-                spec = registry.tokenizer(target)
-                is_text[i, j] = spec.modality == "text"
-                if spec.modality != "text":
-                    entry[i, j] = registry.opening(spec.name)
-                reserve[i, j] = sum(costs[j + 1 : -1])  # the grammar keeps room for <eos> itself
-                if spec.name not in known:
-                    known[spec.name] = len(gates)
-                    allowed = text.copy()
-                    if spec.modality != "text":
-                        allowed = ~text
-                        allowed[[registry.eos, *openings]] = False
-                        allowed[entry[i, j]] = True
-                    gates.append(allowed)
-                gate[i, j] = known[spec.name]
-
-        def put(x: Any) -> Tensor:
-            return torch.as_tensor(np.asarray(x)).to(device)
-
-        self.text, self.closes, self.gates = put(text), put(closes), put(np.stack(gates))
-        count = len(requests)
-        longest = max(r.max_new_tokens for r in requests)
-        state = grammar.resume([r.prompt for r in requests], device)
-        for i, between in enumerate(state.between.tolist()):
-            if not between:
-                end = len(requests[i].prompt)
-                raise SequenceError(end, f"the end of the prompt of request {i}", "a prompt that ends between segments")
-        self.rows = Rows(
-            state=state,
-            limits=grammar.restrict([_restriction(registry, r) for r in requests], device),
-            left=put([r.max_new_tokens for r in requests]),
-            stage=torch.zeros(count, dtype=torch.int64, device=device),
-            begun=torch.zeros(count, dtype=torch.bool, device=device),
-            gates=put(gate),
-            is_text=put(is_text),
-            reserve=put(reserve),
-            entry=put(entry),
-            chance=uniforms(seed, [r.sample for r in requests], longest).to(device),
+        state = GrammarState(*(x[index] for x in self.state))
+        limits = self.limits._replace(
+            **{name: getattr(self.limits, name)[index] for name in ("gates", "reserve", "bounds", "smallest")}
         )
+        return Rows(state, limits, self.left[index], self.asked[index], self.chance[index])
+
+
+def _start(grammar: Grammar, requests: Sequence[Request], seed: int, device: torch.device) -> Rows:
+    """The rows after their prompts; raises what ``generate`` raises of requests."""
+    audio = {t.name for t in grammar.registry.tokenizers if t.modality == "audio"}
+    restrictions = []
+    for request in requests:
+        asked = any(grammar.registry.tokenizer(t).name in audio for t in request.targets)
+        restrictions.append(
+            Restriction(
+                next=request.targets,
+                stop=bool(request.targets),
+                grid=request.grid,
+                min_frames=int(asked),  # a request for audio is not answered by no audio at all
+                max_frames=request.max_frames,
+            )
+        )
+    limits = grammar.restrict(restrictions, device)
+    state = grammar.resume([r.prompt for r in requests], device)
+    needed = grammar.needed(state, limits).tolist()
+    for i, (request, least, between) in enumerate(zip(requests, needed, grammar.between(state).tolist(), strict=True)):
+        if not between:
+            end = len(request.prompt)
+            raise SequenceError(end, f"the end of the prompt of request {i}", "a prompt that ends between segments")
+        if request.max_new_tokens < least:
+            what = " + ".join((*request.targets, "<eos>"))
+            raise ConfigError(
+                f"request {i}: max_new_tokens is {request.max_new_tokens}, expected at least {least} for {what}"
+            )
+    longest = max(r.max_new_tokens for r in requests)
+    return Rows(
+        state,
+        limits,
+        torch.tensor([r.max_new_tokens for r in requests], device=device),
+        torch.tensor([bool(r.targets) for r in requests], device=device),
+        uniforms(seed, [r.sample for r in requests], longest).to(device),
+    )
 
 
 def generate(
@@ -255,12 +217,16 @@ class _Run:
         self, decoder: Decoder, grammar: Grammar, requests: Sequence[Request], sampler: Sampler, seed: int
     ) -> None:
         self.decoder, self.grammar, self.sampler = decoder, grammar, sampler
-        self.plan = Plan(grammar, requests, seed, decoder.device)
-        self.rows = self.plan.rows
+        registry = grammar.registry
+        self.rows = _start(grammar, requests, seed, decoder.device)
+        openings = [registry.opening(t.name) for t in registry.tokenizers if t.modality != "text"]
+        leave = torch.zeros(registry.padded_size, dtype=torch.bool)
+        leave[[registry.eos, *openings]] = True
+        self.leave = leave.to(decoder.device)  # the ids that end a text
         self.live = list(range(len(requests)))  # the request of each row
         self.pending = [np.asarray(r.prompt).tolist() for r in requests]  # ids that the model has not seen
         self.answers: list[list[int]] = [[] for _ in requests]
-        self.control = grammar.registry.blocks[0].end
+        self.control = registry.blocks[0].end
         # Finished rows are parked at slot 0, so no row needs more than its own prompt and answer.
         self.capacity = max(len(r.prompt) + r.max_new_tokens for r in requests)
         self.cache: KVCache = decoder.new_cache(len(requests), self.capacity)
@@ -275,7 +241,8 @@ class _Run:
         while not all(done):
             ids = self._step(step)
             step += 1
-            self.rows, ids = self._advance(ids)
+            rows = self.rows
+            self.rows = rows._replace(state=self.grammar.advance(rows.state, ids), left=rows.left - 1)
             ended = self.rows.state.done.tolist()
             for slot, id in enumerate(ids.tolist()):
                 self.pending[slot].append(id)
@@ -288,23 +255,30 @@ class _Run:
 
     def _step(self, step: int) -> Tensor:
         """int64 [B]: the next id of each row."""
-        rows, batch = self.rows, torch.arange(len(self.live), device=self.decoder.device)
-        stage = rows.stage
-        gate = rows.gates[batch, stage].masked_fill(rows.begun, OPEN)
-        mask = self.grammar.mask(rows.state, rows.left - rows.reserve[batch, stage], rows.limits)
-        mask = mask & self.plan.gates[gate]
+        rows, grammar = self.rows, self.grammar
+        mask = grammar.mask(rows.state, rows.left, rows.limits)
+        # Whatever the model would end a text with, the answer goes on with what was asked for.
+        goes_on = mask & self.leave
+        may_leave = rows.asked & grammar.in_text(rows.state) & goes_on.any(-1) & (mask & ~self.leave).any(-1)
+        mask = mask | (self.leave & may_leave[:, None])
+        ids = self._choose(mask, step)
+        return torch.where(may_leave & self.leave[ids], goes_on.byte().argmax(-1), ids)
+
+    def _choose(self, mask: Tensor, step: int) -> Tensor:
+        """int64 [B]: one of the ids in each row of the mask."""
         columns = mask.any(0).nonzero()[:, 0]
         if len(columns) == 1 or bool((mask.sum(-1) == 1).all()):
             return mask.byte().argmax(-1)
         hidden = self._forward()
-        control = self.control if int(columns[0]) < self.control else 0
+        control = self.control if int(columns[0]) < self.control <= int(columns[-1]) else 0
         low, high = int(columns[torch.searchsorted(columns, control)]), int(columns[-1]) + 1
         logits, mask_used = self.decoder.logits(hidden, slice(low, high)), mask[:, low:high]
         if control:
             logits = torch.cat((self.decoder.logits(hidden, slice(0, control)), logits), -1)
             mask_used = torch.cat((mask[:, :control], mask_used), -1)
         self._count(len(self.live), logits.shape[-1])
-        chosen = self.sampler(logits, mask_used, self.grammar.modality(rows.state), rows.chance[:, step])
+        modality = self.grammar.modality(self.rows.state)
+        chosen = self.sampler(logits, mask_used, modality, self.rows.chance[:, step])
         return torch.where(chosen < control, chosen, chosen + (low - control))
 
     def _forward(self) -> Tensor:
@@ -312,24 +286,13 @@ class _Run:
         lengths = [len(p) for p in self.pending]
         longest = max(lengths)
         before = self.cache.lengths
-        ids = torch.tensor([p + [self.plan.registry.pad] * (longest - len(p)) for p in self.pending])
+        ids = torch.tensor([p + [self.grammar.registry.pad] * (longest - len(p)) for p in self.pending])
         hidden = self.decoder.hidden(ids.to(self.decoder.device), self.cache)
         self.pending = [[] for _ in self.pending]
         if min(lengths) == longest:
             return hidden[:, -1]
         self.cache.rewind([b + n for b, n in zip(before, lengths, strict=True)])
         return hidden[torch.arange(len(lengths), device=hidden.device), torch.tensor(lengths, device=hidden.device) - 1]
-
-    def _advance(self, ids: Tensor) -> tuple[Rows, Tensor]:
-        """Move every row on by its id; a row that leaves a text target gets the id that begins the next."""
-        rows, batch = self.rows, torch.arange(len(self.live), device=ids.device)
-        in_text = rows.is_text[batch, rows.stage]
-        leaves = rows.begun & ~self.plan.text[ids]
-        after = rows.stage + leaves
-        ids = torch.where(leaves, rows.entry[batch, after], ids)
-        filled = self.plan.closes[ids] & (rows.gates[batch, after] > ENDING)
-        state = self.grammar.advance(rows.state, ids)
-        return rows._replace(state=state, left=rows.left - 1, stage=after + filled, begun=in_text & ~leaves), ids
 
     def _shrink(self, done: list[bool]) -> list[bool]:
         """Park finished rows; drop them once they are half of the batch."""
@@ -363,33 +326,3 @@ class _Run:
         new = sum(len(a) for a in self.answers)
         steps = max(self.runs - 1, 0)
         return Stats(new, self.prompt_tokens, steps, middle - started, ended - middle, self.bytes, self.flops)
-
-
-def _restriction(registry: VocabularyRegistry, request: Request) -> Restriction:
-    """A request for audio is not answered by no audio at all."""
-    asked = any(registry.tokenizer(t).modality == "audio" for t in request.targets)
-    return Restriction(grid=request.grid, min_frames=int(asked), max_frames=request.max_frames)
-
-
-def _check(grammar: Grammar, index: int, request: Request) -> list[int]:
-    """The least number of ids that each target and the <eos> take; raises if the limit is too low."""
-    registry = grammar.registry
-    costs = []
-    for before, target in zip((None, *request.targets), request.targets, strict=False):
-        spec = registry.tokenizer(target)
-        if spec.modality == "text":
-            if before is not None and registry.tokenizer(before).modality == "text":
-                raise ConfigError(f"request {index}: two text targets in a row are one; give {target!r} once")
-            costs.append(1)
-        elif spec.modality == "image":
-            height, width = request.grid or (1, 1)
-            costs.append(4 + height * width)
-        else:
-            costs.append(2 + len(spec.codebook_sizes))
-    costs.append(1)
-    if request.max_new_tokens < sum(costs):
-        what = " + ".join((*request.targets, "<eos>"))
-        raise ConfigError(
-            f"request {index}: max_new_tokens is {request.max_new_tokens}, expected at least {sum(costs)} for {what}"
-        )
-    return costs
