@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmtok.cli import generate, roundtrip
+from mmtok.cli import generate, roundtrip, vocab
 from mmtok.errors import MmtokError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 app.command("generate", no_args_is_help=True)(generate.generate)
 app.command("roundtrip", no_args_is_help=True)(roundtrip.roundtrip)
+app.add_typer(vocab.app, name="vocab")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
