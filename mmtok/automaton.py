@@ -58,14 +58,14 @@ class _Tables(NamedTuple):
 
     xp: Any  # the module: numpy or torch
     classes: Any  # int64 [V + 1]
-    ids: Any  # int64 [V], the classes without the last
-    edges: Any  # int64 [_EDGE + 8, P, C], with the cost of the target
-    cost: Any  # int64 [8, P]
+    runs: Any  # int64 [N], the classes of the ids 0 to V - 1, those of a run of one class but once
+    lengths: Any  # int64 [N], of the runs
+    edges: Any  # int64 [_EDGE + 8, P, C + 1], with the cost of the target; the last is to stay where one is
     zero: Any  # int64 [P]
     refill: Any  # int64 [P]
     modality: Any  # int64 [P]
     ceiling: Any  # int64 [P], the bound of the budget: states.SIZE where an image size is chosen
-    ended: Any  # bool [P, C], <pad> after the end
+    ended: Any  # bool [P, C + 1], <pad> after the end
     between: Any  # bool [P]
     text: Any  # bool [P]
 
@@ -87,23 +87,26 @@ class Automaton:
     def _compile(self) -> _Tables:
         states, phases = self.states, self.states.phases
         cost = np.array([dataclasses.astuple(phase.cost) for phase in phases]).T
-        edges = np.zeros((_EDGE, len(phases), len(states.names)), np.int64)
+        edges = np.zeros((_EDGE, len(phases), len(states.names) + 1), np.int64)
         edges[0], edges[5] = FAILED, NEVER  # no edge: a window that nothing is in
         for p, phase in enumerate(phases):
             for c, e in phase.edges.items():
                 gated = e.starts or c in (TURN, EOS)
                 edges[:, p, c] = (e.to, *e.counter, *e.total, *e.window, e.outside, e.starts, gated)
+            edges[:, p, -1] = (p, 1, 0, 1, 0, -NEVER, NEVER, 0, 0, 0)
+        classes = states.classes[:-1]
+        firsts = np.flatnonzero(np.diff(classes, prepend=-1))
         between = [BODY, *(phases[BODY].edges[kind].to for kind in states.texts)]
-        ended = np.zeros((len(phases), len(states.names)), bool)
+        ended = np.zeros((len(phases), len(states.names) + 1), bool)
         ended[[DONE, FAILED], PAD] = True
         flags = np.zeros((2, len(phases)), bool)
         flags[0, between] = flags[1, between[1:]] = True
         return _Tables(
             np,
             states.classes,
-            states.classes[:-1].copy(),
+            classes[firsts],
+            np.diff(firsts, append=len(classes)),
             np.concatenate([edges, cost[:, edges[0]]]),
-            cost,
             np.array([p if phase.zero is None else phase.zero for p, phase in enumerate(phases)]),
             np.array([phase.refill for phase in phases]),
             np.array([MODALITIES.index(phase.modality) for phase in phases]),
@@ -180,20 +183,21 @@ class Automaton:
         r = self._compiled(restrict, len(state.phase), state.phase.device)
         limits, rows = _native(t, r), _native(t, state)
         phase, counter, total, stage = rows
-        needed, begun = (x[:, None] for x in _needed(t, rows, limits))
         edge = t.edges[:, phase]
         ok, counter, total = _move(edge[1:8], counter[:, None], total[:, None])
         starts, gated = edge[8], edge[9]
-        cost, after = _cost(t, edge[_EDGE:], (counter, total, stage[:, None] + starts), limits)
-        row, stage = _row(t, phase, limits), t.xp.minimum(stage, limits.last)
-        left = limits.bounds[row, 1, t.ceiling[phase]]
+        cost, begun = _cost(t, edge[_EDGE:], (counter, total, stage[:, None] + starts), limits)
+        needed, most = cost[:, -1:], limits.bounds[limits.row[:, None], 1, edge[-1]]
+        left = limits.bounds[limits.row, 1, t.ceiling[phase]]
         if budget is not None:
             left = t.xp.minimum(left, _native(t, budget.long()))
         ok = ok & (cost >= needed - 1) & (cost < t.xp.maximum(left[:, None], needed))
-        ok = ok & (after <= t.xp.maximum(limits.bounds[row[:, None], 1, edge[-1]], begun))
-        ok = ok & (limits.gates[row, stage] | (gated == 0))
-        ok = ok | t.ended[phase]
-        return _tensor(ok[:, t.ids])
+        ok = ok & (begun <= t.xp.maximum(most, begun[:, -1:]))
+        ok = ok & (limits.gates[limits.row, t.xp.minimum(stage, limits.last)] | (gated == 0))
+        ok = (ok | t.ended[phase])[:, t.runs]
+        if t.xp is np:
+            return torch.from_numpy(np.repeat(ok, t.lengths, axis=1))
+        return torch.repeat_interleave(ok, t.lengths, 1, output_size=self.registry.padded_size)
 
     def needed(
         self, state: GrammarState, restrict: Restrictions | Restriction | Sequence[Restriction | None] | None = None
@@ -201,7 +205,8 @@ class Automaton:
         """int64 [B]: the tokens each row needs at least to reach its end, the final <eos> included."""
         t = self._on(state.phase.device)
         r = self._compiled(restrict, len(state.phase), state.phase.device)
-        return _tensor(_needed(t, _native(t, state), _native(t, r))[0])
+        phase, *numbers = (x[:, None] for x in _native(t, state))
+        return _tensor(_cost(t, t.edges[_EDGE:, phase, -1], numbers, _native(t, r))[0][:, 0])
 
     def modality(self, state: GrammarState) -> Tensor:
         """int64 [B]: index into ``MODALITIES`` of the segment that each row is in; text between segments."""
@@ -270,18 +275,6 @@ def _move(edge: Sequence[Any], counter: Any, total: Any) -> tuple[Any, Any, Any]
     return ok, times * counter + plus, keep * total + take * counter
 
 
-def _row(t: _Tables, like: Any, limits: Restrictions) -> Any:
-    """Which of the restrictions holds for each row of ``like``, int64 [B] or [B, 1]."""
-    zero = t.xp.zeros_like(like)
-    return zero if len(limits.gates) == 1 else zero + t.xp.cumsum(t.xp.ones_like(like), 0) - 1
-
-
-def _needed(t: _Tables, state: GrammarState, limits: Restrictions) -> tuple[Any, Any]:
-    """int64 [B] each: the least number of tokens to the end; the audio frames begun, in audio."""
-    phase, *numbers = (x[:, None] for x in state)
-    return tuple(x[:, 0] for x in _cost(t, t.cost[:, phase], numbers, limits))
-
-
 def _cost(t: _Tables, terms: Any, numbers: Sequence[Any], limits: Restrictions) -> tuple[Any, Any]:
     """``states.Cost`` evaluated with what ``next`` still asks for, and the audio frames begun.
 
@@ -292,7 +285,7 @@ def _cost(t: _Tables, terms: Any, numbers: Sequence[Any], limits: Restrictions) 
     """
     base, area, width, count, more, frames, started, bound = terms
     counter, total, stage = numbers
-    row = _row(t, base[:, :1], limits)
+    row = limits.row[:, None]
     height, side = limits.smallest[row, 0], limits.smallest[row, 1]
     begun = counter + started
     cost = base + area * (height * side) + (width * side + count) * counter + more * total

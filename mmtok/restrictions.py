@@ -87,11 +87,17 @@ class Restriction:
 class Restrictions(NamedTuple):
     """Restrictions of a batch: R is its size, or 1 for all rows alike; S is one more than the longest ``next``."""
 
-    gates: Tensor  # bool [R, S, C]: the classes that may follow between segments, after so many segments
+    row: Tensor  # int64 [R]: 0, 1, 2...
+    gates: Tensor  # bool [R, S, C + 1]: the classes that may follow between segments, after so many segments
     reserve: Tensor  # int64 [R, S]: tokens that the segments still to come take at least
     last: Tensor  # int64 [1]: S - 1
     bounds: Tensor  # int64 [R, 2, N]: least and largest numbers, see states.ANY, SIZE and FRAMES
     smallest: Tensor  # int64 [R, 2]: the smallest image height and width
+
+    def select(self, index: Tensor) -> Restrictions:
+        """The restrictions of these rows, int64 [B]."""
+        gates, reserve, bounds, smallest = (x[index] for x in (self.gates, self.reserve, self.bounds, self.smallest))
+        return Restrictions(self.row[: len(index)], gates, reserve, self.last, bounds, smallest)
 
 
 def compile_restrictions(
@@ -113,7 +119,7 @@ def compile_restrictions(
     registry, brackets = states.registry, tuple(states.brackets.items())
     audio = [b for _, b in brackets if b.modality == "audio"]
     stages = 1 + max(len(r.next) if r else 0 for r in rows)
-    gates = np.zeros((len(rows), stages, len(states.names)), bool)
+    gates = np.zeros((len(rows), stages, len(states.names) + 1), bool)
     reserve = np.zeros((len(rows), stages), np.int64)
     bounds = np.zeros((len(rows), 2, FRAMES + len(audio)), np.int64)
     bounds[:, 1] = FAR
@@ -149,7 +155,7 @@ def compile_restrictions(
         if not r.stop:
             after[:, [k for name, k in starts.items() if registry.tokenizer(name).modality in r.modalities]] = True
         after[:, TURN] = False
-    arrays = (gates, reserve, np.array([stages - 1]), bounds, smallest)
+    arrays = (np.arange(len(rows)), gates, reserve, np.array([stages - 1]), bounds, smallest)
     return Restrictions(*(torch.from_numpy(a).to(device) for a in arrays))
 
 

@@ -122,10 +122,7 @@ class Rows(NamedTuple):
     def select(self, index: Tensor) -> Rows:
         """These rows only."""
         state = GrammarState(*(x[index] for x in self.state))
-        limits = self.limits._replace(
-            **{name: getattr(self.limits, name)[index] for name in ("gates", "reserve", "bounds", "smallest")}
-        )
-        return Rows(state, limits, self.left[index], self.asked[index], self.chance[index])
+        return Rows(state, self.limits.select(index), self.left[index], self.asked[index], self.chance[index])
 
 
 def _start(grammar: Grammar, requests: Sequence[Request], seed: int, device: torch.device) -> Rows:
