@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from mmtok.cli import generate, roundtrip, vocab
+from mmtok.cli import decode, encode, generate, migrate, roundtrip, vocab
 from mmtok.errors import MmtokError
 
 app = typer.Typer(
@@ -18,7 +18,10 @@ app = typer.Typer(
 )
 app.command("generate", no_args_is_help=True)(generate.generate)
 app.command("roundtrip", no_args_is_help=True)(roundtrip.roundtrip)
+vocab.app.command("migrate", no_args_is_help=True)(migrate.migrate)
 app.add_typer(vocab.app, name="vocab")
+app.command("encode", no_args_is_help=True)(encode.encode)
+app.command("decode", no_args_is_help=True)(decode.decode)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
