@@ -61,16 +61,11 @@ class Grammar(Automaton):
         super().__init__(registry)
         self._brackets = tuple(self.states.brackets.values())
         self._by_name = {b.tokenizer: b for b in self._brackets}
-        # Ids of one tokenizer are one group, so that a run of audio codes is found as one; other classes stay apart.
-        self._group = np.arange(len(self.states.names))
-        self._group[GRID : GRID + registry.max_grid] = GRID
         choice = np.ones(registry.padded_size, bool)
         choice[[registry.pad, registry.bos]] = False
         for b in self._brackets:
-            self._group[b.codes] = b.codes[0]
             choice[b.closing] = b.closes_by_choice
             if isinstance(b.layout, Delayed):
-                self._group[b.codes[-1] + 1] = b.codes[0]
                 choice[b.layout.fill] = False
         self._choice = choice
 
@@ -86,7 +81,7 @@ class Grammar(Automaton):
             SequenceError: the first id that cannot follow those before it, or the end if the document is cut short.
             VocabularyError: not a one-dimensional array of integers.
         """
-        ids = self._checked(ids)
+        ids = self.checked(ids)
         spans, state = self._parse(ids)
         if state[0] != DONE:
             raise SequenceError(len(ids), "the end of the sequence", self.states.expected(*state))
@@ -105,28 +100,23 @@ class Grammar(Automaton):
             SequenceError: an id that cannot follow those before it.
             VocabularyError: a prompt is not a one-dimensional array of integers.
         """
-        return self._state([self._parse(self._checked(ids))[1] for ids in prompts], device)
+        return self._state([self._parse(self.checked(ids))[1] for ids in prompts], device)
 
-    def _checked(self, ids: Any) -> np.ndarray:
+    def checked(self, ids: Any) -> np.ndarray:
+        """One sequence of integers as a numpy array; raises VocabularyError for anything else."""
         array = integers(ids, "ids")
         if array.ndim != 1:
             raise VocabularyError(f"ids have shape {list(array.shape)}, expected one sequence [n]")
         return array
 
-    def _classes(self, ids: np.ndarray) -> np.ndarray:
+    def classes(self, ids: np.ndarray) -> np.ndarray:
         """The class of each id; ids out of range have that of no id."""
         last = len(self.states.classes) - 1
         return self.states.classes[np.where((ids < 0) | (ids >= last), last, ids).astype(np.int64)]
 
     def _parse(self, ids: np.ndarray) -> tuple[list[Span], tuple[int, int, int]]:
         """The complete spans of a valid beginning of a document, and the (phase, counter, total) that it ends in."""
-        classes, n = self._classes(ids), len(ids)
-        group = self._group[classes]
-        ends = np.append(np.flatnonzero(group[1:] != group[:-1]) + 1, n)  # of runs of one group
-
-        def run_end(at: int) -> int:
-            return int(ends[np.searchsorted(ends, at, side="right")]) if at < n else n
-
+        classes, n = self.classes(ids), len(ids)
         spans: list[Span] = []
         if n == 0:
             return spans, (START, 0, 0)
@@ -137,14 +127,12 @@ class Grammar(Automaton):
         while at < n:
             kind = int(classes[at])
             if kind in self.states.texts:
-                end = run_end(at)
+                end = _run_end(classes, at, kind, kind)
                 spans.append(Span("text", at, end, self.states.texts[kind], (end - at,)))
             elif kind in self.states.brackets:
-                bracket = self.states.brackets[kind]
-                read = self._read_image if bracket.modality == "image" else self._read_audio
-                span = read(ids, classes, at, run_end(at + 1), bracket)
+                span = self.read_segment(ids, classes, at)
                 if span is None:
-                    return spans, self._walk(ids, classes, at)
+                    return spans, self.walk_segment(ids, classes, at)
                 spans.append(span)
             elif kind in (TURN, EOS):
                 spans.append(Span("control", at, at + 1, "", (), self.registry.describe(int(ids[at]))))
@@ -155,8 +143,12 @@ class Grammar(Automaton):
             at = spans[-1].end
         return spans, (BODY, 0, 0)
 
-    def _read_image(self, ids: np.ndarray, classes: np.ndarray, at: int, end: int, b: Bracketed) -> Span | None:
-        """The image that opens at ``at``, None if something is wrong with it or the ids end within it."""
+    def read_segment(self, ids: np.ndarray, classes: np.ndarray, at: int) -> Span | None:
+        """The image or sound that opens at ``at``; None if something is wrong with it, or the ids end within it."""
+        b = self.states.brackets[int(classes[at])]
+        return self._read_image(ids, classes, at, b) if b.layout is None else self._read_audio(ids, classes, at, b)
+
+    def _read_image(self, ids: np.ndarray, classes: np.ndarray, at: int, b: Bracketed) -> Span | None:
         sizes = classes[at + 1 : at + 3] - GRID + 1
         if len(sizes) < 2 or min(sizes) < 1 or max(sizes) > self.registry.max_grid:
             return None
@@ -166,12 +158,10 @@ class Grammar(Automaton):
             return None
         return Span("image", at, end + 1, b.tokenizer, (h, w))
 
-    def _read_audio(self, ids: np.ndarray, classes: np.ndarray, at: int, end: int, b: Bracketed) -> Span | None:
-        """The same for audio; ``end`` is where the run of ids of one tokenizer that follows the opening ends."""
+    def _read_audio(self, ids: np.ndarray, classes: np.ndarray, at: int, b: Bracketed) -> Span | None:
         assert b.layout is not None
         start = at + 1
-        if start < len(ids) and self._group[classes[start]] != b.codes[0]:
-            end = start
+        end = _run_end(classes, start, b.codes[0], b.codes[-1] + (b.layout.fill is not None))
         if end >= len(ids) or ids[end] != b.closing:
             return None
         try:
@@ -183,7 +173,7 @@ class Grammar(Automaton):
             return None
         return Span("audio", at, end + 1, b.tokenizer, (len(b.codes), frames))
 
-    def _walk(self, ids: np.ndarray, classes: np.ndarray, at: int) -> tuple[int, int, int]:
+    def walk_segment(self, ids: np.ndarray, classes: np.ndarray, at: int) -> tuple[int, int, int]:
         """The state at the end of a segment that opens at ``at`` and is cut short; raises where it is wrong."""
         state = (BODY, 0, 0)
         for i in range(at, len(ids)):
@@ -218,7 +208,7 @@ class Grammar(Automaton):
         """
         if span.kind == "control":
             raise VocabularyError(f"{span.name} at {span.start} is a control span; expected text, image or audio")
-        array = self._checked(ids)
+        array = self.checked(ids)
         blocks = self.registry.blocks_of(span.tokenizer)
         skip = {"text": (0, 0), "image": (3, 1), "audio": (1, 1)}[span.kind]
         start, end = span.start + skip[0], span.end - skip[1]
@@ -350,7 +340,7 @@ class Grammar(Automaton):
         Raises:
             SequenceError, VocabularyError: as ``spans``.
         """
-        array = self._checked(ids)
+        array = self.checked(ids)
         rows: list[dict[str, Any]] = []
         for span in self.spans(array):
             note = self._notes(span)
@@ -396,3 +386,15 @@ class Grammar(Automaton):
             return out
 
         return note
+
+
+def _run_end(classes: np.ndarray, start: int, low: int, high: int) -> int:
+    """Where the run of classes from ``low`` to ``high`` that begins at ``start`` ends."""
+    size = 256
+    while start < len(classes):
+        part = classes[start : start + size]
+        out = (part < low) | (part > high)
+        if out.any():
+            return start + int(out.argmax())
+        start, size = start + size, 2 * size
+    return len(classes)

@@ -19,7 +19,8 @@ from mmtok.documents import Audio, Document, Image, Text, Turn
 from mmtok.errors import CheckpointError, MediaError, VocabularyError, VocabularyMismatchError
 from mmtok.grammar import Grammar, Span
 from mmtok.loading import load
-from mmtok.registry import VOCAB_FILE, TokenizerSpec, VocabularyRegistry
+from mmtok.recovery import Policy, Recovery, recover
+from mmtok.registry import MODALITIES, VOCAB_FILE, TokenizerSpec, VocabularyRegistry
 
 Segment = Text | Image | Audio | Turn
 
@@ -111,37 +112,56 @@ class MultimodalTokenizer:
 
     # --- encode
 
-    def encode(self, document: Document) -> np.ndarray:
+    def encode(self, document: Document, use: Mapping[str, str] | None = None) -> np.ndarray:
         """Ids of a whole document, int64 [n], from <bos> to <eos>.
+
+        Args:
+            document: what to encode.
+            use: modality -> name of the tokenizer to use, where the vocabulary has several; else the default one.
 
         Audio is mixed to mono and resampled to its codec's rate; images must be a multiple of their tokenizer's
         downsample factor (``fit`` brings any image there).
 
         Raises:
             MediaError: an image of another size; text with a lone surrogate.
-            VocabularyError: an image with more codes on a side than the vocabulary's grid.
+            VocabularyError: an image with more codes on a side than the vocabulary's grid; an unknown tokenizer.
         """
         r = self.registry
-        return np.concatenate([[r.bos], self._segments(document.segments), [r.eos]]).astype(np.int64)
+        return np.concatenate([[r.bos], self._segments(document.segments, use or {}), [r.eos]]).astype(np.int64)
 
-    def prompt(self, segments: Sequence[Segment]) -> np.ndarray:
-        """A user turn and the start of the answer: ``<bos> <user> segments <assistant>``, int64 [n]."""
+    def prompt(self, segments: Sequence[Segment], use: Mapping[str, str] | None = None) -> np.ndarray:
+        """A user turn and the start of the answer: ``<bos> <user> segments <assistant>``, int64 [n]; as ``encode``."""
         r = self.registry
-        return np.concatenate([[r.bos, r.user], self._segments(segments), [r.assistant]]).astype(np.int64)
+        return np.concatenate([[r.bos, r.user], self._segments(segments, use or {}), [r.assistant]]).astype(np.int64)
 
-    def codes(self, segment: Text | Image | Audio) -> np.ndarray:
-        """Codes of one segment with its modality's default tokenizer: text [n], image [h, w], audio [K, F]; int64."""
+    def codes(self, segment: Text | Image | Audio, tokenizer: str | None = None) -> Any:
+        """Codes of one segment, int64: text [n], image [h, w], audio [K, F], or of a codec with several rates K arrays.
+
+        Args:
+            segment: what to encode.
+            tokenizer: its name; None for the default of the modality.
+
+        Raises:
+            VocabularyError: no such tokenizer, or one of another modality.
+        """
+        modality = type(segment).__name__.lower()
+        spec = self.registry.tokenizer(tokenizer or modality)
+        if spec.modality != modality:
+            raise VocabularyError(f"tokenizer {spec.name!r} is for {spec.modality}, got a segment of {modality}")
+        model = self.tokenizers[spec.name]
         match segment:
             case Text(text):
-                return self._tokenizer("text").encode([text])[0]
+                return model.encode([text])[0]
             case Image(pixels):
-                return self._tokenizer("image").encode(torch.from_numpy(pixels.copy())[None])[0].numpy()
+                return model.encode(torch.from_numpy(pixels.copy())[None])[0].numpy()
             case Audio(samples, rate):
-                spec = self.registry.tokenizer("audio")
                 mono = media.resample(samples.mean(0, keepdims=True), rate, int(spec.properties["sample_rate"]))
-                x = torch.from_numpy(np.ascontiguousarray(mono, np.float32))[None]
+                codes = model.encode(torch.from_numpy(np.ascontiguousarray(mono, np.float32))[None])
                 # The first levels of a residual codec do not depend on how many follow.
-                return self._tokenizer("audio").encode(x)[0, : len(spec.codebook_sizes)].numpy()
+                levels = len(spec.codebook_sizes)
+                if isinstance(codes, Sequence):
+                    return tuple(level[0].numpy() for level in codes[:levels])
+                return codes[0, :levels].numpy()
 
     def fit(self, segment: Segment, image_size: int | None = None) -> Segment:
         """The segment as ``encode`` takes it: an image is fitted into a square of ``image_size`` pixels on white, or,
@@ -158,14 +178,18 @@ class MultimodalTokenizer:
             )
         return Image(np.ascontiguousarray(segment.pixels[:, :height, :width]))
 
-    def _segments(self, segments: Sequence[Segment]) -> np.ndarray:
+    def _segments(self, segments: Sequence[Segment], use: Mapping[str, str]) -> np.ndarray:
+        unknown = sorted(set(use) - set(MODALITIES))
+        if unknown:
+            raise VocabularyError(f"got a tokenizer for {unknown[0]!r}, expected one for {', '.join(MODALITIES)}")
         parts = [np.zeros(0, np.int64)]
         for segment in segments:
             if isinstance(segment, Turn):
                 parts.append(np.array([self.registry.control(f"<{segment.role}>")]))
             else:
                 modality = type(segment).__name__.lower()
-                parts.append(self.grammar.segment_ids(modality, self.codes(segment)))
+                name = use.get(modality, modality)
+                parts.append(self.grammar.segment_ids(name, self.codes(segment, name)))
         return np.concatenate(parts)
 
     # --- decode
@@ -180,6 +204,20 @@ class MultimodalTokenizer:
         """
         return Document(tuple(x for span in self.grammar.spans(ids) if (x := self.decode_span(ids, span)) is not None))
 
+    def recover(self, ids: Any, policy: Policy) -> tuple[Document, Recovery]:
+        """The document of ids that may break the grammar, and what was changed to read it.
+
+        Args:
+            ids: integers [n].
+            policy: ``repair`` or ``drop``, see :mod:`mmtok.recovery`.
+
+        Raises:
+            ConfigError: another policy.
+            VocabularyError: not a one-dimensional array of integers.
+        """
+        recovery = recover(self.grammar, ids, policy)
+        return self.decode(recovery.ids), recovery
+
     def decode_span(self, ids: Any, span: Span) -> Segment | None:
         """The segment of one span; None for control tokens that are no turn."""
         if span.kind == "control":
@@ -188,10 +226,10 @@ class MultimodalTokenizer:
         tokenizer = self.tokenizers[span.tokenizer]
         if span.kind == "text":
             return Text(tokenizer.decode([codes])[0])
-        x = tokenizer.decode(torch.from_numpy(codes)[None])[0].numpy()
+        if isinstance(codes, tuple):
+            x = tokenizer.decode([torch.from_numpy(level)[None] for level in codes])[0].numpy()
+        else:
+            x = tokenizer.decode(torch.from_numpy(codes)[None])[0].numpy()
         if span.kind == "image":
             return Image(x)
         return Audio(x, int(self.registry.tokenizer(span.tokenizer).properties["sample_rate"]))
-
-    def _tokenizer(self, modality: str) -> Any:
-        return self.tokenizers[self.registry.tokenizer(modality).name]

@@ -24,6 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("restrictions",),
     ("automaton",),
     ("grammar",),
+    ("recovery",),
     ("sequences",),
     ("adapters",),
     ("sniffing",),
