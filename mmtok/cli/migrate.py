@@ -88,9 +88,11 @@ def _show(report: dict[str, Any]) -> None:
             f"{report['largest_logit']:.3g})"
         )
     else:
+        many = "s" * (report["documents"] != 1)
+        proof = "equal codes segment by segment" if report["laid_out_anew"] else "mapped back they are the original"
         print(
-            f"{report['documents']} document{'s' * (report['documents'] != 1)}, {report['tokens']} tokens before, {report['tokens_after']} after; "
-            + ("equal codes segment by segment" if report["laid_out_anew"] else "mapped back they are the original")
+            f"{report['documents']} document{many}, {report['tokens']} tokens before, {report['tokens_after']} after; "
+            f"{proof}"
         )
         if report["laid_out_anew"]:
             print(f"laid out anew: {', '.join(report['laid_out_anew'])}")
