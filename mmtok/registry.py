@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from mmtok.arrays import first, integers, like
+from mmtok.arrays import integers, like
 from mmtok.blocks import CONTROL, MAX_IDS, brackets, check_blocks, is_int, lay_out, lineage
 from mmtok.blocks import MODALITIES as MODALITIES
 from mmtok.blocks import Block as Block
 from mmtok.blocks import TokenizerSpec as TokenizerSpec
 from mmtok.comparison import changes
 from mmtok.errors import VocabularyError, VocabularyMismatchError
+from mmtok.idmap import IdMap
 
 FORMAT = 2
 VOCAB_FILE = "vocab.json"
@@ -252,16 +253,14 @@ class VocabularyRegistry:
             VocabularyError: an id that no block uses; the first one is named with its position.
         """
         array = integers(ids, "ids")
-        bad = (array < 0) | (array >= self.size)
-        index = self._block_of[np.where(bad, 0, array).astype(np.int64)]
-        bad |= index < 0
-        if bad.any():
-            where = first(bad)
+        parts = self._map.split(array.reshape(-1))
+        if isinstance(parts, int):
+            where = _position(parts, array.shape)
             raise VocabularyError(
-                f"position {where}: {self.describe(int(array[bad][0]))}, expected an id that a block uses; "
+                f"position {where}: {self.describe(int(array.reshape(-1)[parts]))}, expected an id that a block uses; "
                 "is this sequence from another vocabulary?"
             )
-        return like(ids, index), like(ids, array.astype(np.int64) - self._starts[index])
+        return like(ids, parts[0].reshape(array.shape)), like(ids, parts[1].reshape(array.shape))
 
     def merge(self, block_index: Any, codes: Any) -> Any:
         """The inverse of ``split``. The arguments broadcast against each other.
@@ -278,26 +277,26 @@ class VocabularyRegistry:
         """
         index, array = integers(block_index, "block_index"), integers(codes, "codes")
         try:
-            index, array = np.broadcast_arrays(index, array)
+            shape = np.broadcast_shapes(index.shape, array.shape)
         except ValueError as error:
             raise VocabularyError(f"block_index {index.shape} and codes {array.shape} do not broadcast") from error
-        bad = (index < 0) | (index >= len(self.blocks))
-        if bad.any():
+        flat_index = index.reshape(-1) if index.size == 1 else np.broadcast_to(index, shape).reshape(-1)
+        flat = np.broadcast_to(array, shape).reshape(-1)
+        ids = self._map.merge(flat_index, flat)
+        if isinstance(ids, int):
+            where, code = _position(ids, shape), int(flat[ids])
+            owner = int(flat_index[0 if index.size == 1 else ids])
+            if not 0 <= owner < len(self.blocks):
+                raise VocabularyError(f"position {where}: block index {owner}, expected 0..{len(self.blocks) - 1}")
+            block = self.blocks[owner]
             raise VocabularyError(
-                f"position {first(bad)}: block index {index[bad][0]}, expected 0..{len(self.blocks) - 1}"
+                f"position {where}: code {code}, expected 0..{block.size - 1} in block {block.name!r}"
             )
-        index = index.astype(np.int64)
-        bad = (array < 0) | (array >= self._sizes[index])
-        if bad.any():
-            block = self.blocks[int(index[bad][0])]
-            raise VocabularyError(
-                f"position {first(bad)}: code {array[bad][0]}, expected 0..{block.size - 1} in block {block.name!r}"
-            )
-        return like(codes, array.astype(np.int64) + self._starts[index])
+        return like(codes, ids.reshape(shape))
 
     def describe(self, id: int) -> str:
         """An id in words: ``image code 17``, ``audio level 2 code 5``, ``<bos>``, ``text id 42``, ``unused id 900``."""
-        index = int(self._block_of[id]) if 0 <= id < self.size else -1
+        index = self._map.block_of(id)
         if index < 0:
             inside = 0 <= id < self.padded_size
             return f"unused id {id}" if inside else f"id {id} outside the vocabulary of {self.padded_size}"
@@ -431,17 +430,11 @@ class VocabularyRegistry:
         return {name: b.start + i for b in self.blocks for i, name in enumerate(b.names)}
 
     @functools.cached_property
-    def _block_of(self) -> np.ndarray:
-        """int64 [size]: the block index of each id, -1 for an unused one."""
-        table = np.full(self.size, -1, np.int64)
-        for i, block in enumerate(self.blocks):
-            table[block.start : block.end] = i
-        return table
+    def _map(self) -> IdMap:
+        return IdMap(self.blocks)
 
-    @functools.cached_property
-    def _starts(self) -> np.ndarray:
-        return np.array([b.start for b in self.blocks], np.int64)
 
-    @functools.cached_property
-    def _sizes(self) -> np.ndarray:
-        return np.array([b.size for b in self.blocks], np.int64)
+def _position(flat: int, shape: tuple[int, ...]) -> int | tuple[int, ...]:
+    """Where the element with this number is in an array: an int in one dimension, else one index a dimension."""
+    where = tuple(int(i) for i in np.unravel_index(flat, shape))
+    return where if len(where) > 1 else flat

@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("checkpoints",),
     ("layouts",),
     ("blocks",),
+    ("idmap",),
     ("comparison",),
     ("registry",),
     ("states",),

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmtok import idmap
 from mmtok.errors import VocabularyError, VocabularyMismatchError
 from mmtok.registry import CONTROL, TokenizerSpec, VocabularyRegistry
 
@@ -380,3 +381,28 @@ def test_impossible_registries_are_refused() -> None:
     with pytest.raises(VocabularyError, match="at most"):
         VocabularyRegistry.create([spec("a", "text", 2**24)])
     assert VocabularyRegistry.create([]).blocks[0].names == CONTROL
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_long_arrays_are_split_and_merged_as_short_ones(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    monkeypatch.setattr(idmap, "PIECE", 50)
+    monkeypatch.setattr(idmap, "LONG", 100)
+    monkeypatch.setattr(idmap, "THREADS", threads)
+    r = example()
+    rng = np.random.default_rng(0)
+    for n in (0, 1, 49, 50, 51, 99, 100, 101, 834):
+        ids = rng.choice(used(r), n)
+        index, codes = r.split(ids)
+        assert [r.blocks[i].start + c for i, c in zip(index, codes, strict=True)] == ids.tolist()
+        assert np.array_equal(r.merge(index, codes), ids)
+        for at in {0, n // 3, n - 1} & set(range(n)):
+            for wrong in (-1, r.size, 810, -(2**60)):  # 810 is head-room
+                bad = ids.copy()
+                bad[[at, -1]] = wrong
+                with pytest.raises(VocabularyError, match=f"position {at}: "):
+                    r.split(bad)
+            for index_wrong, code_wrong in ((-1, 0), (len(r.blocks), 0), (-len(r.blocks) - 1, 0), (3, 512), (3, -1)):
+                i, c = index.copy(), codes.copy()
+                i[[at, -1]], c[[at, -1]] = index_wrong, code_wrong
+                with pytest.raises(VocabularyError, match=f"position {at}: "):
+                    r.merge(i, c)
