@@ -1,11 +1,66 @@
-"""What changed between two vocabularies, in words: tokenizers, control tokens and places of blocks."""
+"""Two vocabularies: which tokenizer and which id of the one is which of the other, and what changed, in words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
-from mmtok.blocks import Block, TokenizerSpec
+import numpy as np
+
+from mmtok.blocks import Block, TokenizerSpec, brackets, lineage
+
+
+def counterpart(spec: TokenizerSpec, tokenizers: Sequence[TokenizerSpec]) -> TokenizerSpec | None:
+    """The tokenizer whose codes mean what the codes of ``spec``, of another vocabulary, mean; None if there is none.
+
+    It has the fingerprint of ``spec``, or extends it. Of several, one with as many codebooks goes before one with more,
+    and that before one with fewer, since only then a sequence of codes stays one; then its name decides.
+    """
+    levels = len(spec.codebook_sizes)
+
+    def unlike(t: TokenizerSpec) -> tuple[bool, bool, bool]:
+        return len(t.codebook_sizes) != levels, len(t.codebook_sizes) < levels, t.name != spec.name
+
+    same = [t for t in tokenizers if t.modality == spec.modality and spec.fingerprint in lineage(t)]
+    return min(same, key=unlike, default=None)
+
+
+def correspondence(
+    before: Sequence[Block],
+    tokenizers_before: Sequence[TokenizerSpec],
+    after: Sequence[Block],
+    tokenizers_after: Sequence[TokenizerSpec],
+) -> np.ndarray:
+    """Where each id of one vocabulary is in the other: int64 [n], one for each reserved id, -1 for none.
+
+    Control tokens match by name, grid sizes by value. The codes of a tokenizer, and the control tokens that open, close
+    and fill its segments, go to its :func:`counterpart`.
+
+    Args:
+        before: blocks of the one vocabulary, with its ``tokenizers_before``.
+        after: blocks of the other, with its ``tokenizers_after``.
+    """
+    table = np.full(before[-1].start + before[-1].capacity, -1, np.int64)
+    literals, old_literals = (dict(_literals(blocks)) for blocks in (after, before))
+    for name, id in old_literals.items():
+        table[id] = literals.get(name, -1)
+    targets = {t.name: counterpart(t, tokenizers_after) for t in tokenizers_before}
+    for spec in tokenizers_before:
+        if spec.modality != "text":
+            target = targets[spec.name]
+            theirs = brackets(target, tokenizers_after) if target else ()
+            for mine, other in itertools.zip_longest(brackets(spec, tokenizers_before), theirs, fillvalue=""):
+                if mine:
+                    table[old_literals[mine]] = literals.get(other, -1)
+    homes = {(b.modality, b.tokenizer, b.codebook): b for b in after}
+    for block in before:
+        owner = targets.get(block.tokenizer)
+        home = homes.get((block.modality, owner.name if owner else "", block.codebook))
+        if home is not None and block.modality != "control":
+            n = min(block.size, home.size)
+            table[block.start : block.start + n] = np.arange(home.start, home.start + n)
+    return table
 
 
 def changes(
@@ -29,7 +84,8 @@ def changes(
     kept = [[name for name in specs if name in old and name in new] for specs in (old, new)]
     if kept[0] != kept[1]:
         lines.append(f"order of the tokenizers: {', '.join(kept[0])} -> {', '.join(kept[1])}")
-    return lines + _control_changes(before, after) + _block_changes(before, after)
+    controls = (_controls(before, tokenizers_before), _controls(after, tokenizers_after))
+    return lines + _control_changes(*controls) + _block_changes(before, after)
 
 
 def _titled(spec: TokenizerSpec, blocks: Sequence[Block]) -> str:
@@ -72,13 +128,25 @@ def _short(value: Any) -> str:
     return "none" if value is None else value[:12] if isinstance(value, str) else str(value)
 
 
-def _control_changes(before: Sequence[Block], after: Sequence[Block]) -> list[str]:
-    old, new = ({name: b.start + i for b in blocks for i, name in enumerate(b.names)} for blocks in (before, after))
+def _literals(blocks: Sequence[Block]) -> Iterator[tuple[str, int]]:
+    """The name and id of every control token."""
+    return ((name, b.start + i) for b in blocks for i, name in enumerate(b.names))
+
+
+def _controls(blocks: Sequence[Block], specs: Sequence[TokenizerSpec]) -> dict[Hashable, tuple[str, int]]:
+    """What a control token is for -> its name and id. Its name depends on which tokenizer is the default."""
+    own = [t for t in specs if t.modality != "text"]
+    use = {literal: (t.name, place) for t in own for place, literal in enumerate(brackets(t, specs))}
+    return {use.get(name, name): (name, id) for name, id in _literals(blocks)}
+
+
+def _control_changes(old: dict[Hashable, tuple[str, int]], new: dict[Hashable, tuple[str, int]]) -> list[str]:
     lines = []
     for verb, some, others in (("removed", old, new), ("added", new, old)):
-        if gone := [f"{name} {id}" for name, id in some.items() if name not in others]:
+        if gone := [f"{name} {id}" for use, (name, id) in some.items() if use not in others]:
             lines.append(f"control tokens {verb}: {', '.join(gone)}")
-    if moved := [f"{name} {id} -> {new[name]}" for name, id in old.items() if new.get(name, id) != id]:
+    both = [(*old[use], *new[use]) for use in old if use in new]
+    if moved := [f"{a} {i} -> {b + ' ' if a != b else ''}{j}" for a, i, b, j in both if (a, i) != (b, j)]:
         lines.append(f"control tokens moved: {', '.join(moved)}")
     return lines
 

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,8 @@ from torch import Tensor
 
 from mmtok.blocks import TokenizerSpec, brackets
 from mmtok.checkpoints import atomic_directory
-from mmtok.datasets.shards import TokenDataset, check_target, write_dataset
+from mmtok.comparison import counterpart
+from mmtok.datasets.shards import SHARD_TOKENS, TokenDataset, check_target, write_dataset
 from mmtok.errors import CheckpointError, SequenceError, VocabularyError
 from mmtok.grammar import Grammar
 from mmtok.registry import VocabularyRegistry
@@ -41,9 +41,7 @@ class Translation:
         old, new: the two vocabularies.
 
     Attributes:
-        table: int64 [old.size], the new id of each old one, -1 where there is none: as ``new.remap(old)``, but what
-            opens, closes and fills segments goes with its tokenizer, whose control tokens have another name when it
-            stops or starts being the default of its modality.
+        table: int64 [old.size], the new id of each old one, -1 where there is none: ``new.remap(old)``.
         relaid: name in ``old`` -> name in ``new`` of the tokenizers whose codebooks are laid out in another way.
 
     Raises:
@@ -53,13 +51,10 @@ class Translation:
     def __init__(self, old: VocabularyRegistry, new: VocabularyRegistry) -> None:
         self.old, self.new = old, new
         self.table = new.remap(old)
-        self.relaid: dict[str, str] = {}
-        for spec in old.tokenizers:
-            target = self._target(spec)
-            if target is not None and _order(target) != _order(spec):
-                self.relaid[spec.name] = target.name
-            if spec.modality != "text":
-                self._move_brackets(spec, target)
+        targets = {t.name: counterpart(t, new.tokenizers) for t in old.tokenizers}
+        self.relaid = {
+            name: t.name for name, t in targets.items() if t is not None and _order(t) != _order(old.tokenizer(name))
+        }
         self._grammars = (Grammar(old), Grammar(new)) if self.relaid else None
         self._reshaped = [old.opening(name) for name in self.relaid]
         self._known = self.table >= 0
@@ -74,17 +69,6 @@ class Translation:
                 f"{old.describe(int(lost[0]))} and {old.describe(twin)} would both become "
                 f"{new.describe(int(self.table[twin]))}; give the new vocabulary a tokenizer for each"
             )
-
-    def _target(self, spec: TokenizerSpec) -> TokenizerSpec | None:
-        """The new tokenizer that holds the codes of an old one."""
-        id = int(self.table[self.old.blocks_of(spec.name)[0].start])
-        return self.new.tokenizer(self.new.blocks[int(self.new.split([id])[0][0])].tokenizer) if id >= 0 else None
-
-    def _move_brackets(self, spec: TokenizerSpec, target: TokenizerSpec | None) -> None:
-        theirs = brackets(target, self.new.tokenizers) if target is not None else ()
-        for name, place in itertools.zip_longest(brackets(spec, self.old.tokenizers), theirs):
-            if name is not None:
-                self.table[self.old.control(name)] = -1 if place is None else self.new.control(place)
 
     @property
     def dropped(self) -> tuple[str, ...]:
@@ -199,7 +183,7 @@ def migrate_dataset(source: str | Path, target: str | Path, registry: Vocabulary
     """Write the documents of a token dataset in another vocabulary, without encoding anything again.
 
     What was written is read back and compared with its source before it takes its place: mapped back it gives the
-    original, or where a codebook layout changed, equal codes span by span.
+    original, or where a codebook layout changed, equal codes span by span. Its shards are about as large as before.
 
     Args:
         source: a dataset directory. Its sums are verified first.
@@ -220,7 +204,9 @@ def migrate_dataset(source: str | Path, target: str | Path, registry: Vocabulary
             yield translate(ids, f"{source}: document {number}")
 
     with atomic_directory(target) as work:
-        write_dataset(work, registry, documents())
+        # Of several shards the largest is as large as they were meant to be, or a document less.
+        sizes = data.shard_sizes
+        write_dataset(work, registry, documents(), max(sizes if len(sizes) > 1 else (SHARD_TOKENS, *sizes)))
         written = TokenDataset.open(work, registry)
         written.verify()
         for number, (ids, new) in enumerate(zip(data, written, strict=True)):

@@ -21,7 +21,7 @@ from mmtok.blocks import CONTROL, MAX_IDS, brackets, check_blocks, is_int, lay_o
 from mmtok.blocks import MODALITIES as MODALITIES
 from mmtok.blocks import Block as Block
 from mmtok.blocks import TokenizerSpec as TokenizerSpec
-from mmtok.comparison import changes
+from mmtok.comparison import changes, correspondence
 from mmtok.errors import VocabularyError, VocabularyMismatchError
 from mmtok.idmap import IdMap
 
@@ -367,7 +367,7 @@ class VocabularyRegistry:
             was, now = self.describe(lost), other.describe(lost)
             lines.append(
                 f"ids: {len(moved)} of {used} mean something else or nothing; the first is {lost}, "
-                f"{was} -> {now if now != was else 'the same code of other weights'}"
+                f"{was} -> {now if now != was else 'the same of another tokenizer'}"
             )
         else:
             lines.append(f"ids: all {used} keep their meaning")
@@ -381,30 +381,15 @@ class VocabularyRegistry:
     def remap(self, old: VocabularyRegistry) -> np.ndarray:
         """Where each id of ``old`` is in this registry.
 
-        Control tokens match by name, grid sizes by value, codes by tokenizer fingerprint (or one that it extends)
-        and codebook.
+        Control tokens match by name, grid sizes by value. The codes of a tokenizer, and the control tokens that open,
+        close and fill its segments, go to the tokenizer of the same fingerprint, or that extends it: see
+        :func:`mmtok.comparison.counterpart`.
 
         Returns:
             int64 [old.size]: the id here, -1 where there is no counterpart. Row i of a new embedding table comes
             from row j of the old one where ``remap[j] == i``.
         """
-        table = np.full(old.size, -1, np.int64)
-        lines = {t.name: lineage(t) for t in self.tokenizers}
-        for block in old.blocks:
-            if block.modality == "control":
-                table[block.start : block.end] = [self._control.get(name, -1) for name in block.names]
-                continue
-            same = [
-                b
-                for b in self.blocks
-                if (b.modality, b.codebook) == (block.modality, block.codebook)
-                and (b.modality == "grid" or block.fingerprint in lines[b.tokenizer])
-            ]
-            if same:
-                target = next((b for b in same if b.tokenizer == block.tokenizer), same[0])
-                n = min(block.size, target.size)
-                table[block.start : block.start + n] = np.arange(target.start, target.start + n)
-        return table
+        return correspondence(old.blocks, old.tokenizers, self.blocks, self.tokenizers)
 
     def check_same(self, other: VocabularyRegistry | str, what: str) -> None:
         """Raise unless ``other``, a registry or a fingerprint, is this vocabulary.
@@ -417,10 +402,10 @@ class VocabularyRegistry:
         """
         theirs = other if isinstance(other, str) else other.fingerprint
         if theirs != self.fingerprint:
-            detail = "" if isinstance(other, str) else f":\n{self.diff(other)}"
+            detail = "" if isinstance(other, str) else f": {'; '.join(other.diff(self).splitlines())}"
             raise VocabularyMismatchError(
-                f"{what} has vocabulary {theirs[:12]}, expected {self.fingerprint[:12]}; "
-                f"encode it again with this vocabulary, or remap its ids{detail}"
+                f"{what} has vocabulary {theirs[:12]}, expected {self.fingerprint[:12]}; use the one that it was made "
+                f"with, or bring it to this one: mmtok vocab migrate SOURCE --to VOCAB{detail}"
             )
 
     # --- tables

@@ -59,7 +59,7 @@ def ids_of(registry: VocabularyRegistry, document: Document = CODES) -> np.ndarr
 
 
 @st.composite
-def moves(draw: st.DrawFn) -> tuple[VocabularyRegistry, VocabularyRegistry]:
+def moves(draw: st.DrawFn, relay: bool = True) -> tuple[VocabularyRegistry, VocabularyRegistry]:
     """A registry, and another with the same tokenizers: in another order, laid out in another way, with more beside."""
     old = draw(registries(most=4))
     more = [TokenizerSpec("new", "image", (3,), "new"), TokenizerSpec("newer", "audio", (2, 2), "newer")]
@@ -69,7 +69,7 @@ def moves(draw: st.DrawFn) -> tuple[VocabularyRegistry, VocabularyRegistry]:
     specs = []
     for spec in old.tokenizers:
         headroom = draw(st.integers(0, 2))
-        if spec.modality == "audio":
+        if relay and spec.modality == "audio":
             rates = spec.codebook_layout.rates
             slots = [q for q, rate in enumerate(rates) for _ in range(rate)]
             names = [f"multi-rate:{','.join(map(str, draw(st.permutations(slots))))}"]
@@ -94,6 +94,19 @@ def test_a_translation_is_the_sequence_built_anew(registries: tuple, data: st.Da
     assert got.tolist() == expected.tolist()
     if all(t.name in {s.name for s in registries[0].tokenizers} for t in registries[1].tokenizers):
         assert Translation(*registries[::-1])(got, "it").tolist() == ids.tolist()
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(moves(relay=False), st.data(), st.integers(0, 2))
+def test_the_table_alone_maps_valid_sequences_to_valid_ones(registries: tuple, data: st.DataObject, pad: int) -> None:
+    (old, _), (new, _) = map(cached, registries)
+    ids = to_ids(old, data.draw(documents(old.registry)), pad)
+    moved = new.registry.remap(old.registry)[ids]
+    for a, b in zip(old.spans(ids), new.spans(moved), strict=True):  # strict: an invalid sequence is an error
+        assert a == b
+        if a.tokenizer:
+            one, other = old.segment_codes(ids, a), new.segment_codes(moved, b)
+            assert all(map(np.array_equal, *((x if isinstance(x, tuple) else (x,)) for x in (one, other))))
 
 
 @pytest.mark.parametrize("new", [GROWN, SWAPPED, DELAYED])
@@ -199,11 +212,23 @@ def test_what_cannot_be_migrated_leaves_everything_as_it_was(tmp_path: Path) -> 
     assert not (tmp_path / "new").exists()
 
 
+def test_shards_stay_as_large_as_they_were(tmp_path: Path) -> None:
+    one = ids_of(OLD)
+    for limit, shards in ((2 * len(one) + 3, 3), (10**6, 1)):
+        write_dataset(tmp_path / "old", OLD, [one] * 5, shard_tokens=limit)
+        sizes = TokenDataset.open(tmp_path / "old").shard_sizes
+        assert len(sizes) == shards
+        migrate_dataset(tmp_path / "old", tmp_path / "new", SWAPPED)
+        assert TokenDataset.open(tmp_path / "new").shard_sizes == sizes
+        migrate_dataset(tmp_path / "old", tmp_path / "new", DELAYED)
+        assert shards <= len(TokenDataset.open(tmp_path / "new").shard_sizes) <= 2 * shards - 1
+
+
 def test_damage_while_writing_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(tmp_path / "old", OLD, [ids_of(OLD)])
 
-    def damaged(path: Path, registry: VocabularyRegistry, documents: object) -> None:
-        write_dataset(path, registry, ([*ids[:-2], registry.user, registry.eos] for ids in documents))  # type: ignore[attr-defined]
+    def damaged(path: Path, registry: VocabularyRegistry, documents: object, limit: int) -> None:
+        write_dataset(path, registry, ([*ids[:-2], registry.user, registry.eos] for ids in documents), limit)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(migration, "write_dataset", damaged)
     with pytest.raises(VocabularyError, match="not what was migrated"):

@@ -207,6 +207,46 @@ def test_remap_follows_the_fingerprint_not_the_position() -> None:
     assert moved.remap(VocabularyRegistry.create([spec("vq", "image", 512, mark="retrained")])).max() < 9 + 64
 
 
+def test_control_tokens_follow_their_tokenizer() -> None:
+    a, b = spec("a", "image", 4), spec("b", "image", 6)
+    sound = TokenizerSpec("s", "audio", (8, 8), "sha-s", layout="delayed:0,1")
+    old, new = VocabularyRegistry.create([a, sound, b]), VocabularyRegistry.create([b, a, sound])
+    table = new.remap(old)
+    for place in (VocabularyRegistry.opening, VocabularyRegistry.closing):
+        assert [table[place(old, name)] for name in "abs"] == [place(new, name) for name in "abs"]
+    assert table[old.fill("s")] == new.fill("s")
+    assert table[: len(CONTROL)].tolist() == list(range(len(CONTROL)))
+    assert "control tokens moved: <image> 5 -> <image:a> 7, </image> 6 -> </image:a> 8, <image:b> 7 -> <image> 5, " in (
+        old.diff(new)
+    )
+    assert old.diff(new).splitlines()[-1].endswith("the first is 5, <image> -> the same of another tokenizer")
+    plain = VocabularyRegistry.create([TokenizerSpec("s", "audio", (8, 8), "sha-s"), spec("a", "image", 4, mark="new")])
+    table = plain.remap(old)
+    for lost in (old.opening("a"), old.closing("b"), old.fill("s")):
+        assert table[lost] == -1
+    assert table[old.opening("s")] == plain.opening("s")
+
+
+def test_a_codec_is_never_split_over_two() -> None:
+    def codec(name: str, levels: int) -> TokenizerSpec:
+        return spec(name, "audio", *[8] * levels, mark="same")
+
+    def home(source: TokenizerSpec, *targets: TokenizerSpec) -> str:
+        old, new = VocabularyRegistry.create([source]), VocabularyRegistry.create(targets)
+        ids = [old.opening(source.name), *(b.start for b in old.blocks_of(source.name)), old.closing(source.name)]
+        owners = set()
+        for place in new.remap(old)[ids]:
+            owners |= {t.name for t in targets if place in (new.opening(t.name), new.closing(t.name))}
+            owners |= {b.tokenizer for b in new.blocks if b.tokenizer and b.start == place}
+        return " ".join(owners)
+
+    assert home(codec("c", 2), codec("x", 2), codec("c", 2)) == "c"
+    assert home(codec("c", 4), codec("x", 2), codec("y", 4)) == "y"  # level by level, x would take the first two
+    assert home(codec("c", 4), codec("c", 2), codec("x", 8)) == "x"  # enough codebooks
+    assert home(codec("c", 4), codec("c", 8), codec("x", 4)) == "x"  # the same number: a sequence stays one
+    assert home(codec("c", 4), codec("x", 2)) == "x"
+
+
 @quick
 @given(registries())
 def test_json_round_trip_is_canonical(r: VocabularyRegistry) -> None:
@@ -268,7 +308,8 @@ def test_a_mismatch_prints_the_difference() -> None:
     r.check_same(example(), "shard 0")
     with pytest.raises(
         VocabularyMismatchError,
-        match=r"(?s)shard 0 has vocabulary .*tokenizer vq2 \(image, 7 codes, ids 859..865\) added",
+        match=r"shard 0 has .* mmtok vocab migrate SOURCE --to VOCAB: revision: 1 -> 0; .*tokenizer vq2 \(image, "
+        r"7 codes, ids 859..865\) removed; .*; the first is 857, <image:vq2> -> unused id 857$",
     ):
         r.check_same(other, "shard 0")
     with pytest.raises(VocabularyMismatchError, match="abc"):
@@ -277,8 +318,7 @@ def test_a_mismatch_prints_the_difference() -> None:
     retrained = VocabularyRegistry.create([*r.tokenizers[:2], spec("rvq", "audio", 16, 16, 8, mark="new")], max_grid=32)
     assert r.diff(retrained).splitlines() == [
         "tokenizer rvq: other weights, fingerprint sha-rvq -> new",
-        "ids: 40 of 849 mean something else or nothing; the first is 817, "
-        "audio level 0 code 0 -> the same code of other weights",
+        "ids: 42 of 849 mean something else or nothing; the first is 7, <audio> -> the same of another tokenizer",
     ]
 
 
@@ -300,7 +340,7 @@ def test_a_difference_reads_from_old_to_new() -> None:
     ]
     back = new.diff(old).splitlines()
     assert "tokenizer words (text, 3 codes, ids 859..861) removed" in back
-    assert back[-1].startswith("ids: 528 of 865 mean something else")  # only the later knows what it extends
+    assert back[-1].startswith("ids: 530 of 865 mean something else")  # only the later knows what it extends
 
 
 def test_moved_blocks_and_control_tokens_are_named() -> None:
@@ -329,6 +369,9 @@ def test_moved_ids_are_those_that_mean_something_else(a: VocabularyRegistry, b: 
         if id >= r.size or "unused" in r.describe(id):
             return ()
         block = next(x for x in r.blocks if x.start <= id < x.end)
+        for t in (t for t in r.tokenizers if block.names and t.modality != "text"):
+            if id in (r.opening(t.name), r.closing(t.name)):
+                return t.modality, t.fingerprint, "opening" if id == r.opening(t.name) else "closing"
         code = block.names[id - block.start] if block.names else id - block.start
         return block.modality, block.fingerprint, block.codebook, code
 

@@ -101,13 +101,15 @@ class TokenDataset:
     Attributes:
         path: the directory.
         registry: the vocabulary of the ids.
+        shard_sizes: ids in each shard.
         tokens: ids in all documents together.
     """
 
     def __init__(self, path: Path, registry: VocabularyRegistry, sums: dict[str, str], shards: list[_Arrays]) -> None:
         self.path = path
         self.registry = registry
-        self.tokens = sum(len(tokens) for tokens, _ in shards)
+        self.shard_sizes = tuple(len(tokens) for tokens, _ in shards)
+        self.tokens = sum(self.shard_sizes)
         self._sums = sums
         self._shards = shards
         self._ends = np.cumsum([len(ends) for _, ends in shards], dtype=np.int64)
