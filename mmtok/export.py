@@ -78,7 +78,7 @@ def exported(path: str | Path) -> VocabularyRegistry:
 
     Raises:
         CheckpointError: no such directory.
-        VocabularyError: its vocabulary is damaged.
+        VocabularyError: its vocabulary is damaged, or not the one that its fingerprint names.
     """
     file = Path(path) / CONFIG_FILE
     try:
@@ -93,7 +93,11 @@ def exported(path: str | Path) -> VocabularyRegistry:
         raise CheckpointError(
             f"{file} carries no vocabulary of mmtok; expected a directory that mmtok exported"
         ) from error
-    registry.check_same(str(fingerprint), str(file))
+    if registry.fingerprint != fingerprint:
+        raise VocabularyMismatchError(
+            f"{file} names the vocabulary {str(fingerprint)[:12]}, but holds {registry.fingerprint[:12]}; one of "
+            "them was edited: export the vocabulary again"
+        )
     return registry
 
 
@@ -129,15 +133,8 @@ def _block_names(block: Block) -> Sequence[str]:
 
 
 def _text_names(text: ByteLevelBPE) -> list[str]:
-    vocab = _tokenizer_spec(text)["model"]["vocab"]
+    vocab = json.loads(text.tokenizer_json)["model"]["vocab"]
     return sorted(vocab, key=vocab.__getitem__)
-
-
-def _tokenizer_spec(text: ByteLevelBPE) -> dict[str, Any]:
-    """The contents of the text tokenizer's own tokenizer.json."""
-    with tempfile.TemporaryDirectory() as folder:
-        text.save(folder)
-        return json.loads((Path(folder) / FILE).read_text(encoding="utf-8"))
 
 
 def _text_model(registry: VocabularyRegistry, tokenizers: Mapping[str, Any]) -> ByteLevelBPE:
@@ -156,7 +153,7 @@ def _text_model(registry: VocabularyRegistry, tokenizers: Mapping[str, Any]) -> 
 
 
 def _tokenizer_json(registry: VocabularyRegistry, text: ByteLevelBPE, names: Sequence[str]) -> str:
-    spec = _tokenizer_spec(text)
+    spec = json.loads(text.tokenizer_json)
     model = spec["model"]
     if model.get("ignore_merges"):
         # It makes a word of the text that is in the vocabulary one id, merges or not. Where the merges of each token

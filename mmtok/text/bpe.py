@@ -92,6 +92,11 @@ class ByteLevelBPE:
         """What a registry keeps beside the sizes: nothing for text."""
         return {}
 
+    @property
+    def tokenizer_json(self) -> str:
+        """The text of its tokenizer.json."""
+        return self._json
+
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over config and tokenizer.json: what the ids mean."""

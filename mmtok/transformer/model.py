@@ -73,6 +73,8 @@ class TransformerConfig(Config):
             "initializer_range": INIT_STD,
             "use_cache": True,
             "torch_dtype": str(dtype).removeprefix("torch."),
+            # Without a version 4.57.6 takes any vocabulary above 100,000 ids for one of Mistral's, and warns.
+            "transformers_version": "5.0.0",
         }
 
     @classmethod
