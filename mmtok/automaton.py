@@ -22,7 +22,7 @@ from torch import Tensor
 from mmtok.errors import ConfigError
 from mmtok.registry import MODALITIES, VocabularyRegistry
 from mmtok.restrictions import NEVER, Restriction, Restrictions, compile_restrictions
-from mmtok.states import ANY, BODY, DONE, EOS, FAILED, GRID, PAD, SIZE, START, TURN, States
+from mmtok.states import ANY, BODY, DONE, EOS, FAILED, GRID, NO_ID, PAD, SIZE, START, TURN, States
 
 _EDGE = 10  # features of an edge, in the order of states.Edge and whether a restriction gates it
 
@@ -64,6 +64,7 @@ class _Tables(NamedTuple):
     zero: Any  # int64 [P]
     refill: Any  # int64 [P]
     modality: Any  # int64 [P]
+    sole: Any  # int64 [P], the class that alone may ever follow, 0 if there are several
     ceiling: Any  # int64 [P], the bound of the budget: states.SIZE where an image size is chosen
     ended: Any  # bool [P, C + 1], <pad> after the end
     between: Any  # bool [P]
@@ -110,6 +111,7 @@ class Automaton:
             np.array([p if phase.zero is None else phase.zero for p, phase in enumerate(phases)]),
             np.array([phase.refill for phase in phases]),
             np.array([MODALITIES.index(phase.modality) for phase in phases]),
+            np.array([next(iter(phase.edges)) if len(phase.edges) == 1 else NO_ID for phase in phases]),
             np.array([SIZE if GRID in phase.edges else ANY for phase in phases]),
             ended,
             *flags,
@@ -181,6 +183,8 @@ class Automaton:
         """
         t = self._on(state.phase.device)
         r = self._compiled(restrict, len(state.phase), state.phase.device)
+        if t.xp is np and (sole := t.sole[state.phase.numpy()]).all():  # nothing to weigh: most steps of a picture
+            return self._spread(t, t.runs == sole[:, None])
         limits, rows = _native(t, r), _native(t, state)
         phase, counter, total, stage = rows
         edge = t.edges[:, phase]
@@ -194,10 +198,13 @@ class Automaton:
         ok = ok & (cost >= needed - 1) & (cost < t.xp.maximum(left[:, None], needed))
         ok = ok & (begun <= t.xp.maximum(most, begun[:, -1:]))
         ok = ok & (limits.gates[limits.row, t.xp.minimum(stage, limits.last)] | (gated == 0))
-        ok = (ok | t.ended[phase])[:, t.runs]
+        return self._spread(t, (ok | t.ended[phase])[:, t.runs])
+
+    def _spread(self, t: _Tables, runs: Any) -> Tensor:
+        """bool [B, padded_size] of bool [B, N], the same for all ids of a run."""
         if t.xp is np:
-            return torch.from_numpy(np.repeat(ok, t.lengths, axis=1))
-        return torch.repeat_interleave(ok, t.lengths, 1, output_size=self.registry.padded_size)
+            return torch.from_numpy(np.repeat(runs, t.lengths, axis=1))
+        return torch.repeat_interleave(runs, t.lengths, 1, output_size=self.registry.padded_size)
 
     def needed(
         self, state: GrammarState, restrict: Restrictions | Restriction | Sequence[Restriction | None] | None = None

@@ -61,6 +61,10 @@ class Grammar(Automaton):
         super().__init__(registry)
         self._brackets = tuple(self.states.brackets.values())
         self._by_name = {b.tokenizer: b for b in self._brackets}
+        self._grid = registry.block("grid")
+        owned = {t.name: registry.blocks_of(t.name) for t in registry.tokenizers}
+        self._starts = {name: np.array([[b.start] for b in blocks]) for name, blocks in owned.items()}
+        self._sizes = {name: np.array([[b.size] for b in blocks], np.uint64) for name, blocks in owned.items()}
         choice = np.ones(registry.padded_size, bool)
         choice[[registry.pad, registry.bos]] = False
         for b in self._brackets:
@@ -253,40 +257,54 @@ class Grammar(Automaton):
         b = self._by_name.get(spec.name)
         if b is not None and b.layout is not None:
             return self._audio_ids(b, b.layout, codes)
-        array, grid = integers(codes, f"codes of {tokenizer}"), self.registry.block("grid")
+        array = integers(codes, f"codes of {tokenizer}")
         shape, form = array.shape, {"text": "[n]", "image": "[h, w]"}[spec.modality]
         if len(shape) != len(form.split()):
             raise VocabularyError(f"codes of {spec.name} have shape {list(shape)}, expected {form}")
-        index = self.registry.blocks.index(self.registry.blocks_of(spec.name)[0])
         if b is None:
-            return self.registry.merge(index, array)
-        if min(shape) < 1 or max(shape) > grid.size:
+            return self._ids(spec.name, array, 0)
+        if min(shape) < 1 or max(shape) > self._grid.size:
             raise VocabularyError(
-                f"an image of {shape[0]}x{shape[1]} codes, expected sides of 1..{grid.size}: resize the image, or "
-                "create a vocabulary with a larger max_grid"
+                f"an image of {shape[0]}x{shape[1]} codes, expected sides of 1..{self._grid.size}: resize the image, "
+                "or create a vocabulary with a larger max_grid"
             )
-        head = [b.opening, grid.start + shape[0] - 1, grid.start + shape[1] - 1]
-        return np.concatenate([head, self.registry.merge(index, array).reshape(-1), [b.closing]])
+        head = [b.opening, self._grid.start + shape[0] - 1, self._grid.start + shape[1] - 1]
+        return np.concatenate([head, self._ids(spec.name, array, 0).reshape(-1), [b.closing]])
 
     def _audio_ids(self, b: Bracketed, layout: Layout, codes: Any) -> np.ndarray:
         """A whole audio segment."""
-        blocks, ragged = self.registry.blocks_of(b.tokenizer), set(layout.rates) != {1}
-        form = f"{len(blocks)} arrays of {layout.rates} codes a frame" if ragged else f"[{len(blocks)}, T]"
+        k, ragged = len(b.codes), set(layout.rates) != {1}
         parts = [integers(part, f"codes of {b.tokenizer}") for part in (codes if ragged else [codes])]
         shapes = [list(part.shape) for part in parts]
-        if ragged and (len(parts) != len(blocks) or any(part.ndim != 1 for part in parts)):
+        if ragged and (len(parts) != k or any(part.ndim != 1 for part in parts)):
+            form = f"{k} arrays of {layout.rates} codes a frame"
             raise VocabularyError(f"codes of {b.tokenizer} have shapes {shapes}, expected {form}")
-        if not ragged and (len(shapes[0]) != 2 or shapes[0][0] != len(blocks)):
-            raise VocabularyError(f"codes of {b.tokenizer} have shape {shapes[0]}, expected {form}")
-        index = [self.registry.blocks.index(block) for block in blocks]
+        if not ragged and (len(shapes[0]) != 2 or shapes[0][0] != k):
+            raise VocabularyError(f"codes of {b.tokenizer} have shape {shapes[0]}, expected [{k}, T]")
+        merged: Any = None
         if ragged:
-            merged = [self.registry.merge(i, part) for i, part in zip(index, parts, strict=True)]
+            merged = [self._ids(b.tokenizer, part, level) for level, part in enumerate(parts)]
         else:
-            merged = self.registry.merge(np.array(index)[:, None], parts[0])
+            merged = self._ids(b.tokenizer, parts[0])
         try:
             return np.concatenate([[b.opening], layout.flatten(merged), [b.closing]])
         except LayoutError as error:
             raise VocabularyError(f"codes of {b.tokenizer}: {error}") from error
+
+    def _ids(self, tokenizer: str, codes: np.ndarray, level: int | None = None) -> np.ndarray:
+        """Codes as ids: [K, T] of all levels, or of any shape of one; VocabularyError with the first bad position."""
+        starts, sizes = self._starts[tokenizer], self._sizes[tokenizer]
+        if level is not None:
+            starts, sizes = starts[level], sizes[level]
+        codes = codes.astype(np.int64, copy=False)
+        if (codes.view(np.uint64) >= sizes).any():  # a negative number is a large unsigned one
+            position = tuple(int(i) for i in np.argwhere(codes.view(np.uint64) >= sizes)[0])
+            block = self.registry.blocks_of(tokenizer)[position[0] if level is None else level]
+            where = position if len(position) > 1 else position[0]
+            raise VocabularyError(
+                f"position {where}: code {codes[position]}, expected 0..{block.size - 1} in block {block.name!r}"
+            )
+        return codes + starts
 
     # --- training and inspection
 

@@ -52,7 +52,8 @@ class IdMap:
         index, codes = np.empty(len(ids), np.int64), np.empty(len(ids), np.int64)
 
         def work(first: int, last: int) -> int:
-            narrow, starts = np.empty(PIECE, self._block_of.dtype), np.empty(PIECE, np.int64)
+            size = min(PIECE, last - first)
+            narrow, starts = np.empty(size, self._block_of.dtype), np.empty(size, np.int64)
             for at in range(first, last, PIECE):
                 piece = ids[at : min(at + PIECE, last)].astype(np.int64, copy=False)
                 end, n = at + len(piece), len(piece)
@@ -81,18 +82,19 @@ class IdMap:
         one = len(index) == 1
 
         def work(first: int, last: int) -> int:
-            pairs, sizes, fits = np.empty(PIECE, np.int64), np.empty(PIECE, np.int64), np.empty(PIECE, bool)
+            size = min(PIECE, last - first)
+            pairs, sizes, fits = np.empty(size, np.int64), np.empty(size, np.int64), np.empty(size, bool)
             for at in range(first, last, PIECE):
                 code = codes[at : min(at + PIECE, last)].astype(np.int64, copy=False)
                 end, n = at + len(code), len(code)
                 block = (index if one else index[at:end]).astype(np.int64, copy=False)
-                pair, size, fit = pairs[:n], sizes[:n], fits[:n]
+                pair, room, fit = pairs[:n], sizes[:n], fits[:n]
                 if one:
                     pair[:] = self._pairs.take(block, mode="clip")
                 else:
                     self._pairs.take(block, out=pair, mode="clip")
-                np.bitwise_and(pair, _LOW, out=size)
-                np.less(code.view(np.uint64), size.view(np.uint64), out=fit)
+                np.bitwise_and(pair, _LOW, out=room)
+                np.less(code.view(np.uint64), room.view(np.uint64), out=fit)
                 if int(block.view(np.uint64).max()) >= len(self._pairs):
                     fit &= (block >= 0) & (block < len(self._pairs))
                 if not fit.all():

@@ -182,6 +182,11 @@ class Interleaved(Layout):
         """As :meth:`Layout.order`."""
         return np.arange(self.codebooks * frames).reshape(self.codebooks, frames).T.reshape(-1)
 
+    def flatten(self, codes: Any) -> Any:
+        """As :meth:`Layout.flatten`: a transposition."""
+        flat, _ = self._join(codes)
+        return codes.swapaxes(-1, -2).reshape(flat.shape)
+
     def __str__(self) -> str:
         return "interleaved"
 
