@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +16,8 @@ from mmtok.audio import SpectralCodec, SpectralCodecConfig
 from mmtok.documents import Audio, Document, Image, Text, Turn
 from mmtok.errors import CheckpointError, MediaError, SequenceError, VocabularyError, VocabularyMismatchError
 from mmtok.image import ImageVQVAE, ImageVQVAEConfig
-from mmtok.multimodal import MultimodalTokenizer
+from mmtok.multimodal import MultimodalTokenizer, spec_of
+from mmtok.registry import VocabularyRegistry
 from mmtok.text import ByteLevelBPE
 
 RATE = 16_000
@@ -149,3 +153,133 @@ def test_save_and_load_by_name(mm: MultimodalTokenizer, parts: dict, tmp_path) -
 def test_a_missing_tokenizer_is_named(mm: MultimodalTokenizer, parts: dict) -> None:
     with pytest.raises(VocabularyMismatchError, match="sounds"):
         MultimodalTokenizer(mm.registry, {k: v for k, v in parts.items() if k != "sounds"})
+
+
+CONTROLS = ["<pad>", "<bos>", "<eos>", "<user>", "<assistant>", "<image>", "</image>", "<audio>", "</audio>"]
+FRAGMENTS = [
+    *CONTROLS,
+    "<image:second>",
+    "</audio:b.c>",
+    "<fill:audio>",
+    "<|image:5|>",
+    "<|audio.0:7|>",
+    "<|grid:3|>",
+    "<|unused:9|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "[INST]",
+    "<s>",
+    "\u200b",
+    "\ufeff",
+    "\x00",
+    "\U0001f600",
+    "e\u0301",
+    "\u2581",
+    "\ud7ff",
+    "\uffff",
+    " ",
+    "\n",
+    "<",
+    ">",
+    "|",
+    "imag",
+    "e>",
+]
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(st.lists(st.one_of(st.sampled_from(FRAGMENTS), st.text(st.characters(exclude_categories=["Cs"]))), max_size=8))
+def test_adversarial_text_comes_back_as_text(bundled: MultimodalTokenizer, parts: list[str]) -> None:
+    text = "".join(parts)
+    ids = bundled.encode(Document((Text(text),)))
+    block = bundled.registry.block("text")
+    assert ((ids[1:-1] >= block.start) & (ids[1:-1] < block.end)).all()
+    assert bundled.decode(ids) == Document((Text(text),)).normalized()
+
+
+@pytest.fixture(scope="module")
+def bundled() -> MultimodalTokenizer:
+    return MultimodalTokenizer.load("any-to-any")
+
+
+def test_every_control_token_of_several_codecs_is_only_text_in_text(parts: dict) -> None:
+    specs = [spec_of(n, t, layout="delayed:0,1,2,3" if n == "sounds" else "") for n, t in parts.items()]
+    specs += [dataclasses.replace(s, name=f"{s.name}-2") for s in specs]
+    many = MultimodalTokenizer(VocabularyRegistry.create(specs), parts | {f"{n}-2": t for n, t in parts.items()})
+    names = [name for block in many.registry.blocks for name in block.names]
+    assert {"<fill:audio>", "<fill:audio:sounds-2>", "<image:pictures-2>"} <= set(names)
+    for name in names:
+        for text in (name, f"a {name}b", name * 3):
+            for tokenizer in ("words", "words-2"):
+                ids = many.encode(Document((Text(text),)), use={"text": tokenizer})
+                block = many.registry.blocks_of(tokenizer)[0]
+                assert ((ids[1:-1] >= block.start) & (ids[1:-1] < block.end)).all()
+                assert many.decode(ids).segments == (Text(text),)
+
+
+def test_any_tokenizer_of_a_modality_may_be_used(parts: dict) -> None:
+    torch.manual_seed(5)
+    other = ImageVQVAE(ImageVQVAEConfig(channels=8, blocks=1, codebook_size=32)).eval()
+    mm = MultimodalTokenizer.create({**parts, "sketches": other}, audio_levels=2)
+    document = Document((Text("a cow"), Image(np.full((3, 16, 8), 90, np.uint8))))
+    first, second = mm.encode(document), mm.encode(document, use={"image": "sketches"})
+    assert [s.tokenizer for s in mm.grammar.spans(second) if s.tokenizer] == ["words", "sketches"]
+    assert not np.array_equal(first, second)
+    assert np.array_equal(mm.decode(second).segments[1].pixels, other.decode(other.encode(pixels(document)))[0].numpy())
+    for use, message in (
+        ({"image": "nobody"}, "known: "),
+        ({"image": "words"}, "is for text, expected one for image"),
+        ({"video": "sketches"}, "expected one for text, image, audio"),
+    ):
+        with pytest.raises(VocabularyError, match=message):
+            mm.encode(document, use=use)
+
+
+def pixels(document: Document) -> torch.Tensor:
+    return torch.from_numpy(document.segments[1].pixels)[None]
+
+
+class ManyRates:
+    """A codec whose frames hold one code of level 0 and two of level 1: each sample in three steps, and every other one again."""
+
+    kind, modality, fingerprint, codebook_sizes = "many-rates", "audio", "rates", (4, 3)
+    properties: ClassVar[dict] = {"sample_rate": 1000, "hop": 2}
+
+    def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
+        level = (x[:, 0] * 1.49 + 1.5).long()
+        return [level[:, ::2], level]
+
+    def decode(self, codes: list[torch.Tensor]) -> torch.Tensor:
+        assert codes[0].shape[1] * 2 == codes[1].shape[1]
+        return (codes[1][:, None].float() - 1) / 2
+
+
+@pytest.mark.parametrize("layout", ["multi-rate:0,1,1", "multi-rate:1,0,1", "codebook-major:1,2"])
+def test_codecs_with_several_rates(parts: dict, layout: str) -> None:
+    codec = ManyRates()
+    registry = VocabularyRegistry.create([spec_of("words", parts["words"]), spec_of("rates", codec, layout=layout)])
+    mm = MultimodalTokenizer(registry, {"words": parts["words"], "rates": codec})
+    sound = Audio(np.array([[0.9, -0.9, 0.1, 0.9]], np.float32), 1000)
+    ids = mm.encode(Document((Text("a"), sound)))
+    assert len(ids) == 2 + 1 + 2 + 2 * 3
+    (back,) = mm.decode(ids).segments[1:]
+    assert np.array_equal(back.samples, [[0.5, -0.5, 0.0, 0.5]])
+
+
+def test_damaged_ids_decode_to_what_is_left_of_them(mm: MultimodalTokenizer) -> None:
+    document = Document((Text("a cow"), Image(np.zeros((3, 32, 32), np.uint8)), Text(" and a calf")))
+    ids = mm.encode(document)
+    picture = next(s for s in mm.grammar.spans(ids) if s.kind == "image")
+    broken = np.delete(ids, picture.start + 9)
+    with pytest.raises(SequenceError):
+        mm.decode(broken)
+    kept, repaired = mm.recover(broken, "repair")
+    assert [type(s) for s in kept.segments] == [Text, Image, Text]
+    assert kept.segments[1].pixels.shape == (3, 24, 32)
+    assert [e.action for e in repaired.edits] == ["replaced", "removed"]
+    left, dropped = mm.recover(broken, "drop")
+    assert left.normalized().segments == (Text("a cow and a calf"),)
+    assert [e.action for e in dropped.edits] == ["removed"]
+    whole, untouched = mm.recover(ids, "repair")
+    assert whole == mm.decode(ids)
+    assert untouched.edits == ()
