@@ -8,8 +8,8 @@
     shard-00000.tokens   ids of whole documents one after another, little-endian uint16 or uint32
     shard-00000.offsets  where each document ends, little-endian int64
 
-Raw arrays are the fastest to read at random, and of nine dataset formats that were tried none noticed a flipped bit:
-hence the sums. A document is never split over two shards.
+Raw arrays can be mapped and read at random; a flipped bit in them would be another id, hence the sums. A document is
+never split over two shards.
 """
 
 from __future__ import annotations
