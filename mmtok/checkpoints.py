@@ -6,6 +6,7 @@ and damage is found on load. Weights are safetensors; nothing is ever unpickled.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -54,43 +55,71 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
     target = Path(path).resolve()  # through links, and "." has a parent
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{path} is a file; expected a directory, or a name that is free")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        yield work
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, old / "x")
-            try:
+    with _temporary_names_as(path, target):
+        _make_parent(path, target)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            yield work
+            if target.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+                os.replace(target, old / "x")
+                try:
+                    os.replace(work, target)
+                except BaseException:
+                    os.replace(old / "x", target)
+                    old.rmdir()
+                    raise
+                shutil.rmtree(old)
+            else:
                 os.replace(work, target)
-            except BaseException:
-                os.replace(old / "x", target)
-                old.rmdir()
-                raise
-            shutil.rmtree(old)
-        else:
-            os.replace(work, target)
-        os.chmod(target, 0o755)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+            os.chmod(target, 0o755)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Write a temporary sibling, flush it to the disk, then rename it over ``path``."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    """Write a temporary sibling, flush it to the disk, then rename it over ``path``, or what that links to.
+
+    Raises:
+        CheckpointError: a directory is there, or a device, which the renaming would replace.
+    """
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():
+        kind = "directory" if target.is_dir() else "device"
+        raise CheckpointError(f"{path} is a {kind}; expected a file, or a name that is free")
+    with _temporary_names_as(path, target):
+        _make_parent(path, target)
+        handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        try:
+            with os.fdopen(handle, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def _make_parent(path: str | Path, target: Path) -> None:
     try:
-        with os.fdopen(handle, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(errno.ENOTDIR, "a part of the path is a file, not a directory", str(path)) from error
+
+
+@contextmanager
+def _temporary_names_as(path: str | Path, target: Path) -> Iterator[None]:
+    """Let errors of the system name ``path``, not its temporary siblings, nor nothing, as that of a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        name = str(error.filename or "")
+        if error.errno is None or (name and str(target.parent / f".{target.name}.") not in name):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def save_checkpoint(

@@ -1,8 +1,10 @@
 """A vocabulary as a Hugging Face tokenizer: the same ids under ``AutoTokenizer``, in any program that reads its files.
 
-export_hf      -- write tokenizer.json and tokenizer_config.json, checked id for id before they are put in place
-exported       -- the registry that such a directory carries
-names_of_ids   -- the token string of every id
+export_hf       -- write tokenizer.json and tokenizer_config.json, checked id for id before they are put in place
+exported        -- the registry that such a directory carries
+read_vocabulary -- the registry of such a directory, or of any other that has one
+refuse_other    -- keep a directory that holds another vocabulary
+names_of_ids    -- the token string of every id
 
 Every id of the vocabulary has a token. Text has the tokens and merges of the default text tokenizer. A code is an
 entry without merges, so that no text can give it: ``<|image:5|>`` and ``<|audio.0:5|>`` are code 5 of the blocks
@@ -26,6 +28,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
+from mmtok import loading
 from mmtok.blocks import Block
 from mmtok.checkpoints import atomic_directory
 from mmtok.errors import CheckpointError, VocabularyError, VocabularyMismatchError
@@ -99,6 +102,34 @@ def exported(path: str | Path) -> VocabularyRegistry:
             "them was edited: export the vocabulary again"
         )
     return registry
+
+
+def read_vocabulary(path: str | Path) -> tuple[VocabularyRegistry, Path]:
+    """As :func:`mmtok.loading.read_vocabulary`, and of a directory that ``export_hf`` wrote too."""
+    place = Path(path)
+    if not (place / VOCAB_FILE).is_file() and (place / CONFIG_FILE).is_file():
+        return exported(place), place
+    return loading.read_vocabulary(path)
+
+
+def refuse_other(directory: Path, registry: VocabularyRegistry) -> None:
+    """Raise if a directory holds another vocabulary than ``registry``: what was made with it would lose its meaning.
+
+    Raises:
+        VocabularyMismatchError: it does.
+        VocabularyError, CheckpointError: it holds one that cannot be read.
+    """
+    held: dict[str, VocabularyRegistry] = {}
+    if (directory / VOCAB_FILE).is_file():
+        held[VOCAB_FILE] = loading.read_vocabulary(directory)[0]
+    if (directory / FILE).is_file() and (directory / CONFIG_FILE).is_file():
+        held[CONFIG_FILE] = exported(directory)
+    for file, there in held.items():
+        if there != registry:
+            raise VocabularyMismatchError(
+                f"{directory / file} holds another vocabulary ({there.fingerprint[:12]}, this one is "
+                f"{registry.fingerprint[:12]}), and what was made with it needs it; choose another directory"
+            )
 
 
 def names_of_ids(registry: VocabularyRegistry, text: ByteLevelBPE) -> list[str]:
@@ -204,9 +235,6 @@ def _check_target(target: Path, registry: VocabularyRegistry) -> None:
     """Refuse to put the export beside another vocabulary, or in the place of a tokenizer that is none."""
     if not target.is_dir():
         raise CheckpointError(f"{target} is a file; expected a directory, or a name that is free")
-    vocabulary = target / VOCAB_FILE
-    if vocabulary.is_file():
-        registry.check_same(VocabularyRegistry.from_json(vocabulary.read_text(encoding="utf-8")), str(vocabulary))
     if (target / FILE).exists():
         try:
             exported(target)
@@ -214,6 +242,7 @@ def _check_target(target: Path, registry: VocabularyRegistry) -> None:
             raise CheckpointError(
                 f"{target / FILE} is there already and is no export of mmtok; choose another directory"
             ) from error
+    refuse_other(target, registry)
 
 
 def _check(folder: Path, registry: VocabularyRegistry, text: ByteLevelBPE, names: Sequence[str]) -> None:

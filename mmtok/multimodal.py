@@ -14,13 +14,12 @@ import numpy as np
 import torch
 
 from mmtok import media
-from mmtok.checkpoints import META, resolve
 from mmtok.documents import Audio, Document, Image, Text, Turn
-from mmtok.errors import CheckpointError, MediaError, VocabularyError, VocabularyMismatchError
+from mmtok.errors import MediaError, VocabularyError, VocabularyMismatchError
 from mmtok.grammar import Grammar, Span
-from mmtok.loading import load
+from mmtok.loading import find_tokenizer, load, read_vocabulary
 from mmtok.recovery import Policy, Recovery, recover
-from mmtok.registry import MODALITIES, VOCAB_FILE, TokenizerSpec, VocabularyRegistry
+from mmtok.registry import MODALITIES, TokenizerSpec, VocabularyRegistry
 
 Segment = Text | Image | Audio | Turn
 
@@ -95,22 +94,33 @@ class MultimodalTokenizer:
 
         A tokenizer is looked for in the directory, beside it, and among the bundled ones, by its name.
 
+        Args:
+            path: a directory with a vocab.json, that file itself, or the name of a bundled model.
+
         Raises:
             CheckpointError: no vocab.json, or a tokenizer cannot be found.
+            VocabularyError: the vocab.json is damaged.
             VocabularyMismatchError: a tokenizer was found but is another one.
         """
-        directory = resolve(path) if not (Path(path) / VOCAB_FILE).is_file() else Path(path)
-        try:
-            registry = VocabularyRegistry.from_json((directory / VOCAB_FILE).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise CheckpointError(f"{directory} has no readable {VOCAB_FILE} ({error.strerror})") from error
-        found = {}
-        for spec in registry.tokenizers:
-            near = (directory / spec.name, directory.parent / spec.name)
-            found[spec.name] = load(next((p for p in near if (p / META).is_file()), spec.name))
-        return cls(registry, found)
+        registry, directory = read_vocabulary(path)
+        return cls(registry, {t.name: load(find_tokenizer(t.name, directory)) for t in registry.tokenizers})
 
     # --- encode
+
+    def choose(self, modality: str, tokenizer: str | None = None) -> TokenizerSpec:
+        """The tokenizer of this name, or the default one of a modality.
+
+        Raises:
+            VocabularyError: no such tokenizer, or one of another modality.
+        """
+        spec = self.registry.tokenizer(tokenizer or modality)
+        if spec.modality != modality:
+            own = ", ".join(t.name for t in self.registry.tokenizers if t.modality == modality)
+            raise VocabularyError(
+                f"tokenizer {spec.name!r} is for {spec.modality}, expected one for {modality}; the vocabulary has: "
+                f"{own or 'none'}"
+            )
+        return spec
 
     def encode(self, document: Document, use: Mapping[str, str] | None = None) -> np.ndarray:
         """Ids of a whole document, int64 [n], from <bos> to <eos>.
@@ -127,12 +137,13 @@ class MultimodalTokenizer:
             VocabularyError: an image with more codes on a side than the vocabulary's grid; an unknown tokenizer.
         """
         r = self.registry
-        return np.concatenate([[r.bos], self._segments(document.segments, use or {}), [r.eos]]).astype(np.int64)
+        return np.concatenate([np.array([r.bos]), *self._segments(document.segments, use or {}), np.array([r.eos])])
 
     def prompt(self, segments: Sequence[Segment], use: Mapping[str, str] | None = None) -> np.ndarray:
         """A user turn and the start of the answer: ``<bos> <user> segments <assistant>``, int64 [n]; as ``encode``."""
         r = self.registry
-        return np.concatenate([[r.bos, r.user], self._segments(segments, use or {}), [r.assistant]]).astype(np.int64)
+        before, after = np.array([r.bos, r.user]), np.array([r.assistant])
+        return np.concatenate([before, *self._segments(segments, use or {}), after])
 
     def codes(self, segment: Text | Image | Audio, tokenizer: str | None = None) -> Any:
         """Codes of one segment, int64: text [n], image [h, w], audio [K, F], or of a codec with several rates K arrays.
@@ -145,9 +156,7 @@ class MultimodalTokenizer:
             VocabularyError: no such tokenizer, or one of another modality.
         """
         modality = type(segment).__name__.lower()
-        spec = self.registry.tokenizer(tokenizer or modality)
-        if spec.modality != modality:
-            raise VocabularyError(f"tokenizer {spec.name!r} is for {spec.modality}, got a segment of {modality}")
+        spec = self.choose(modality, tokenizer)
         model = self.tokenizers[spec.name]
         match segment:
             case Text(text):
@@ -155,22 +164,35 @@ class MultimodalTokenizer:
             case Image(pixels):
                 return model.encode(torch.from_numpy(pixels.copy())[None])[0].numpy()
             case Audio(samples, rate):
-                mono = media.resample(samples.mean(0, keepdims=True), rate, int(spec.properties["sample_rate"]))
-                codes = model.encode(torch.from_numpy(np.ascontiguousarray(mono, np.float32))[None])
+                mono = samples if len(samples) == 1 else samples.mean(0, keepdims=True)
+                mono = media.resample(mono, rate, int(spec.properties["sample_rate"]))
+                codes = model.encode(torch.from_numpy(np.array(mono, np.float32))[None])
                 # The first levels of a residual codec do not depend on how many follow.
                 levels = len(spec.codebook_sizes)
                 if isinstance(codes, Sequence):
                     return tuple(level[0].numpy() for level in codes[:levels])
                 return codes[0, :levels].numpy()
 
-    def fit(self, segment: Segment, image_size: int | None = None) -> Segment:
-        """The segment as ``encode`` takes it: an image is fitted into a square of ``image_size`` pixels on white, or,
-        without one, cropped at the right and bottom to a multiple of the downsample factor."""
+    def fit(self, segment: Segment, image_size: int | None = None, tokenizer: str | None = None) -> Segment:
+        """The segment as ``encode`` takes it. An image is fitted or cropped, any other segment stays as it is.
+
+        Args:
+            segment: any.
+            image_size: fit the image into a square of so many pixels on white; None crops it at the right and bottom to
+                a multiple of the downsample factor.
+            tokenizer: name of the image tokenizer that will encode it; None for the default one.
+
+        Raises:
+            MediaError: an image smaller than one code, or an ``image_size`` that is no multiple of the factor.
+            VocabularyError: no image tokenizer of this name.
+        """
         if not isinstance(segment, Image):
             return segment
+        factor = self.tokenizers[self.choose("image", tokenizer).name].properties["downsample"]
         if image_size is not None:
+            if image_size < 1 or image_size % factor:
+                raise MediaError(f"got an image size of {image_size} pixels, expected a multiple of {factor}")
             return Image(media.fit_image(segment.pixels, image_size))
-        factor = int(self.registry.tokenizer("image").properties["downsample"])
         height, width = (n - n % factor for n in segment.pixels.shape[1:])
         if not height or not width:
             raise MediaError(
@@ -178,11 +200,11 @@ class MultimodalTokenizer:
             )
         return Image(np.ascontiguousarray(segment.pixels[:, :height, :width]))
 
-    def _segments(self, segments: Sequence[Segment], use: Mapping[str, str]) -> np.ndarray:
+    def _segments(self, segments: Sequence[Segment], use: Mapping[str, str]) -> list[np.ndarray]:
         unknown = sorted(set(use) - set(MODALITIES))
         if unknown:
             raise VocabularyError(f"got a tokenizer for {unknown[0]!r}, expected one for {', '.join(MODALITIES)}")
-        parts = [np.zeros(0, np.int64)]
+        parts = []
         for segment in segments:
             if isinstance(segment, Turn):
                 parts.append(np.array([self.registry.control(f"<{segment.role}>")]))
@@ -190,7 +212,7 @@ class MultimodalTokenizer:
                 modality = type(segment).__name__.lower()
                 name = use.get(modality, modality)
                 parts.append(self.grammar.segment_ids(name, self.codes(segment, name)))
-        return np.concatenate(parts)
+        return parts
 
     # --- decode
 

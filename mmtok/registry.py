@@ -198,11 +198,7 @@ class VocabularyRegistry:
         Raises:
             VocabularyError: neither a name nor a modality that is there.
         """
-        known: dict[str, TokenizerSpec] = {}
-        for spec in self.tokenizers:
-            known.setdefault(spec.modality, spec)
-        known.update({spec.name: spec for spec in self.tokenizers})
-        return self._lookup(known, modality_or_name, "tokenizer")
+        return self._lookup(self._named, modality_or_name, "tokenizer")
 
     def opening(self, tokenizer: str) -> int:
         """Control id that opens a segment of this image or audio tokenizer.
@@ -402,10 +398,10 @@ class VocabularyRegistry:
         """
         theirs = other if isinstance(other, str) else other.fingerprint
         if theirs != self.fingerprint:
-            detail = "" if isinstance(other, str) else f": {'; '.join(other.diff(self).splitlines())}"
+            detail = "" if isinstance(other, str) else f". To this one: {'; '.join(other.diff(self).splitlines())}"
             raise VocabularyMismatchError(
                 f"{what} has vocabulary {theirs[:12]}, expected {self.fingerprint[:12]}; use the one that it was made "
-                f"with, or bring it to this one: mmtok vocab migrate SOURCE --to VOCAB{detail}"
+                f"with, or migrate it (mmtok vocab migrate SOURCE --to VOCAB -o OUT){detail}"
             )
 
     # --- tables
@@ -413,6 +409,14 @@ class VocabularyRegistry:
     @functools.cached_property
     def _control(self) -> dict[str, int]:
         return {name: b.start + i for b in self.blocks for i, name in enumerate(b.names)}
+
+    @functools.cached_property
+    def _named(self) -> dict[str, TokenizerSpec]:
+        """The first tokenizer of each modality, and all by name."""
+        known: dict[str, TokenizerSpec] = {}
+        for spec in self.tokenizers:
+            known.setdefault(spec.modality, spec)
+        return known | {spec.name: spec for spec in self.tokenizers}
 
     @functools.cached_property
     def _map(self) -> IdMap:

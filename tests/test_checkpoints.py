@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 
@@ -196,6 +197,29 @@ def test_atomic_write(tmp_path, monkeypatch):
         atomic_write(tmp_path / "deep" / "f", b"three")
     assert (tmp_path / "deep" / "f").read_bytes() == b"two"
     assert names(tmp_path / "deep") == ["f"]
+
+
+def test_writing_through_a_link_writes_where_it_points(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far" / "f")
+    atomic_write(tmp_path / "link", b"one")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "far" / "f").read_bytes() == b"one"
+
+
+def test_errors_of_the_system_name_the_target(tmp_path, monkeypatch):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="full") as stop:
+        atomic_write(tmp_path / "f", b"one")
+    assert (stop.value.errno, stop.value.filename) == (errno.ENOSPC, str(tmp_path / "f"))
+    for missing in (None, "elsewhere"):
+        with pytest.raises(OSError, match="full") as stop, atomic_directory(tmp_path / "d"):
+            raise OSError(errno.ENOSPC, "full", missing)
+        assert stop.value.filename == (missing or str(tmp_path / "d"))
+    assert names(tmp_path) == []
 
 
 def test_fingerprint_depends_on_every_part():

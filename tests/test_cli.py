@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import contents, refused, run
 
 from mmtok import media
-from mmtok.cli import main
 from mmtok.cli.generate import _ids_of_listing
+from mmtok.cli.tables import print_table
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.sequences import read_ids
 
@@ -31,14 +34,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     media.write_audio(folder / "word.wav", np.stack([tone, tone]), 24_000)
     (folder / "note.txt").write_text("a cow <image> \u00e9 \U0001f404\n", encoding="utf-8")
     return {"image": folder / "disc.png", "audio": folder / "word.wav", "text": folder / "note.txt"}
-
-
-def run(*arguments: object, capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of one command."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
 
 
 @pytest.mark.parametrize(("source", "target"), list(itertools.product(MODALITIES, MODALITIES)))
@@ -132,12 +127,7 @@ def test_bad_input(case: str, command: str, tmp_path: Path, capsys: pytest.Captu
     path = bad_files(tmp_path / "in")[case]
     out = tmp_path / "out"
     option = ["--audio" if path.suffix == ".wav" else "--image"] if command == "generate" else []
-    code, stdout, stderr = run(command, *option, path, "--out", out, capsys=capsys)
-    assert code == 2, stderr
-    assert stdout == ""
-    assert stderr.count("\n") == 1
-    assert str(path) in stderr
-    assert "Traceback" not in stderr
+    assert str(path) in refused(command, *option, path, "--out", out, capsys=capsys)
     assert not out.exists()
 
 
@@ -149,24 +139,80 @@ def test_bad_input(case: str, command: str, tmp_path: Path, capsys: pytest.Captu
         (["generate", "--text", "a", "--model", "nowhere"], "any-to-any"),
         (["generate", "--text", "a", "--to", "image", "--max-tokens", "3"], "3"),
         (["roundtrip", __file__, "--text", "image-64-f8"], "expected text"),
-        (["roundtrip"], ""),
-        (["juggle"], "juggle"),
+        (["roundtrip", __file__, "--levels", "0"], "'--levels'"),
+        (["roundtrip", "--loud"], "; see mmtok roundtrip --help"),
+        (["juggle"], "No such command 'juggle'; see mmtok --help"),
     ],
 )
 def test_bad_usage(arguments: list, says: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _, stderr = run(*arguments, capsys=capsys)
-    assert code == 2
-    assert says in stderr
-    assert "Traceback" not in stderr
+    assert says in refused(*arguments, capsys=capsys)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_target_that_cannot_be_written(files: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
-    code, _, stderr = run("roundtrip", files["text"], "--out", tmp_path / "file" / "rt", capsys=capsys)
-    assert code == 1
-    assert stderr.count("\n") == 1
+    before = contents(tmp_path)
+    for command in (["roundtrip", files["text"], "--out"], ["encode", files["text"], "--out"]):
+        says = refused(*command, tmp_path / "file" / "rt", capsys=capsys, code=1)
+        assert "file/rt" in says
+        assert says.endswith(": a part of the path is a file, not a directory\n")
+    for command in ("roundtrip", "generate"):
+        question = [files["text"]] if command == "roundtrip" else ["--text", "a"]
+        assert "is a file; see" in refused(command, *question, "--out", tmp_path / "file", capsys=capsys)
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk(files: dict, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+    run("encode", files["text"], "-o", tmp_path / "ids.json", capsys=capsys)
+    before = contents(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    for command, wrote in (
+        (["encode", files["text"], files["image"], "-o", tmp_path / "ids.json"], "ids.json"),
+        (["decode", tmp_path / "ids.json", "-o", tmp_path / "out"], "out/text_0.txt"),
+        (["roundtrip", files["image"], "--out", tmp_path / "out"], "out/0_disc.png"),
+        (["vocab", "create", "text-4k", "-o", tmp_path / "out"], "out/vocab.json"),
+    ):
+        says = refused(*command, capsys=capsys, code=1)
+        assert says == f"mmtok: {tmp_path / wrote}: No space left on device\n"
+        assert contents(tmp_path) == before
+
+
+def test_names_that_are_no_text(files: dict, tmp_path: Path) -> None:
+    """In a process of its own, whose stdout is strict about what is UTF-8."""
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9\n.txt")
+    try:
+        Path(name).write_text("a cow")
+    except OSError:
+        pytest.skip("this file system takes only names that are text")
+    program = [sys.executable, "-c", "from mmtok.cli import main; main()"]
+    for command in (["roundtrip", name, "--out", "rt"], ["encode", name, "--separate", "-o", "ids.json"]):
+        for option in ([], ["--json"]):
+            done = subprocess.run(
+                [*program, *command, *option], capture_output=True, text=True, cwd=tmp_path, check=False,
+                env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert "caf\\udce9\\n.txt" in done.stdout
+    assert read_ids(tmp_path / "ids.json")[1][0][0] == "caf\ufffd\n"
+
+
+def test_a_table_is_the_same_in_a_pipe(capsys: pytest.CaptureFixture) -> None:
+    print_table(("file", "n"), [("a\nb " * 30, 1), ("\x1b[31mred", None)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["file".ljust(152) + "n", "a\\nb " * 30 + "  1", "\\x1b[31mred".ljust(152) + "None"]
+
+
+def test_without_arguments_there_is_help(capsys: pytest.CaptureFixture) -> None:
+    for command in ([], ["encode"], ["vocab"]):
+        code, stdout, stderr = run(*command, capsys=capsys)
+        assert code == 2
+        assert "Usage:" in stdout + stderr
+        assert "mmtok: " not in stdout + stderr
 
 
 def test_help_carries_an_example(capsys: pytest.CaptureFixture) -> None:

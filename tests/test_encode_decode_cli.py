@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 import torch
 
 from mmtok import media
 from mmtok.checkpoints import bundled_directory
-from mmtok.cli import main
 from mmtok.datasets.shards import TokenDataset, write_dataset
 from mmtok.documents import Document, Image, load_segment
+from mmtok.image import ImageVQVAE, ImageVQVAEConfig
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
 from mmtok.sequences import read_ids, write_ids
@@ -56,16 +58,11 @@ def two_codecs(tmp_path_factory: pytest.TempPathFactory, tokenizer: MultimodalTo
 
 def run(*arguments: object, capsys: pytest.CaptureFixture, code: int = 0) -> str:
     """stdout of a command that succeeds; of one that fails its only line, which is on stderr."""
-    with pytest.raises(SystemExit) as stop:
-        main([str(a) for a in arguments])
-    captured = capsys.readouterr()
-    assert int(stop.value.code or 0) == code, captured.err
     if code:
-        assert captured.out == ""
-        assert captured.err.count("\n") == 1
-        assert "Traceback" not in captured.err
-        return captured.err
-    return captured.out
+        return commands.refused(*arguments, capsys=capsys, code=code)
+    got, stdout, stderr = commands.run(*arguments, capsys=capsys)
+    assert got == 0, stderr
+    return stdout
 
 
 def test_files_come_back(files: dict, tmp_path: Path, tokenizer: MultimodalTokenizer, capsys) -> None:
@@ -153,7 +150,11 @@ def test_another_tokenizer_of_a_modality(files: dict, tmp_path: Path, two_codecs
         (["--use", "smell=x"], "expected MODALITY=NAME"),
         (["--use", "audio"], "got --use 'audio'"),
         (["--use", "audio=nobody"], "nobody"),
-        (["--use", "audio=text-4k"], "text-4k"),
+        (["--use", "audio=text-4k"], "'text-4k' is for text, expected one for audio; the vocabulary has: audio-16k"),
+        (["--use", "image=nobody"], "no tokenizer 'nobody'"),
+        (["--use", "image=audio-16k"], "expected one for image; the vocabulary has: image-64-f8"),
+        (["--use", "audio=audio-16k", "--use", "audio=audio-16k"], "given twice"),
+        (["--image-size", "-1"], "'--image-size'"),
         (["--model", "nowhere"], "nowhere"),
         (["nothing.png"], "nothing.png"),
     ],
@@ -162,6 +163,32 @@ def test_bad_encode(files: dict, arguments: list, says: str, tmp_path: Path, cap
     out = tmp_path / "ids.json"
     assert says in run("encode", files["tone.wav"], *arguments, "-o", out, capsys=capsys, code=2)
     assert not out.exists()
+
+
+def test_a_picture_is_fitted_for_the_tokenizer_that_is_used(files: dict, tmp_path: Path, capsys) -> None:
+    torch.manual_seed(0)
+    ImageVQVAE(ImageVQVAEConfig(channels=8, blocks=1, codebook_size=16, downsample=4)).save(tmp_path / "fine")
+    run("vocab", "create", "image-64-f8", tmp_path / "fine", "-o", tmp_path / "v", capsys=capsys)
+    arguments = ["encode", files["disc.png"], "--model", tmp_path / "v", "-o", tmp_path / "ids.json"]
+    for use, shape in ((["--use", "image=fine"], [10, 7]), ([], [5, 3])):
+        report = json.loads(run(*arguments, *use, "--image-size", 0, "--json", capsys=capsys))
+        assert report["documents"][0]["segments"][0]["shape"] == shape
+    run(*arguments, "--use", "image=fine", "--image-size", 20, capsys=capsys)
+    before = commands.contents(tmp_path)
+    says = run(*arguments, "--image-size", 20, capsys=capsys, code=2)
+    assert "got an image size of 20 pixels, expected a multiple of 8" in says
+    assert commands.contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(("kind", "says"), [("directory", "is a directory"), ("device", "is a device")])
+def test_what_is_no_file_is_left_alone(kind: str, says: str, files: dict, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "out"
+    os.mkfifo(out) if kind == "device" else out.mkdir()
+    for command in (["encode", files["note.txt"]], ["vocab", "migrate", tmp_path / "ids.json", "--to", "any-to-any"]):
+        run("encode", files["note.txt"], "-o", tmp_path / "ids.json", capsys=capsys)
+        assert says in run(*command, "-o", out, capsys=capsys, code=2)
+        assert not out.is_file()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.json", "out"]
 
 
 def test_the_vocabularies_are_compared(files: dict, tmp_path: Path, two_codecs: Path, capsys) -> None:
@@ -207,11 +234,28 @@ def test_policies(policy: str, tmp_path: Path, tokenizer: MultimodalTokenizer, c
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [("{", "not JSON"), ('{"format": 1}', "lacks"), (None, "No such file"), ("[]", "no ids.json")],
+    [
+        ("{", "not JSON"),
+        ("\0", "not JSON"),
+        ('{"format": 1}', "lacks"),
+        (None, "No such file"),
+        ("[]", "no ids.json"),
+        ("directory", "Is a directory"),
+        (1.5, "position 1: got 1.5, expected an integer"),
+        (-4, "position 1: got id -4 outside the vocabulary"),
+        (10**30, "position 1: got id 1000000000000000000000000000000 outside the vocabulary"),
+    ],
 )
-def test_bad_decode(content: str | None, says: str, tmp_path: Path, capsys) -> None:
-    if content is not None:
+def test_bad_decode(
+    content: str | float | None, says: str, tmp_path: Path, tokenizer: MultimodalTokenizer, capsys
+) -> None:
+    if content == "directory":
+        (tmp_path / "ids.json").mkdir()
+    elif isinstance(content, str):
         (tmp_path / "ids.json").write_text(content)
+    elif content is not None:
+        write_ids(tmp_path / "ids.json", tokenizer.registry, [("a", [1, 424, 2])])
+        (tmp_path / "ids.json").write_text((tmp_path / "ids.json").read_text().replace("424", str(content)))
     assert says in run("decode", tmp_path / "ids.json", "--out", tmp_path / "out", capsys=capsys, code=2)
     assert not (tmp_path / "out").exists()
 
@@ -291,7 +335,7 @@ def test_migrate_the_bundled_transformer(tmp_path: Path, tokenizer: MultimodalTo
 @pytest.mark.parametrize(
     ("source", "to", "says"),
     [
-        ("nowhere", "good", "no checkpoint at 'nowhere'"),
+        ("nowhere", "good", "nothing to migrate at 'nowhere'"),
         ("image-64-f8", "good", "expected a 'transformer'"),
         ("any-to-any", "nowhere", "nowhere"),
         ("any-to-any", "bad", "not a vocabulary"),

@@ -308,8 +308,8 @@ def test_a_mismatch_prints_the_difference() -> None:
     r.check_same(example(), "shard 0")
     with pytest.raises(
         VocabularyMismatchError,
-        match=r"shard 0 has .* mmtok vocab migrate SOURCE --to VOCAB: revision: 1 -> 0; .*tokenizer vq2 \(image, "
-        r"7 codes, ids 859..865\) removed; .*; the first is 857, <image:vq2> -> unused id 857$",
+        match=r"shard 0 has .*mmtok vocab migrate SOURCE --to VOCAB -o OUT\)\. To this one: revision: 1 -> 0; .*; "
+        r"tokenizer vq2 \(image, 7 codes, ids 859..865\) removed; .*; the first is 857, <image:vq2> -> unused id 857$",
     ):
         r.check_same(other, "shard 0")
     with pytest.raises(VocabularyMismatchError, match="abc"):

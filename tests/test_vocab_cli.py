@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import commands
 import pytest
 import torch
+from commands import contents
 
 from mmtok.audio import SpectralCodec, SpectralCodecConfig
-from mmtok.cli import main
 from mmtok.export import exported
 from mmtok.image import ImageVQVAE, ImageVQVAEConfig
 from mmtok.loading import load
@@ -33,10 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*arguments: object, capsys: pytest.CaptureFixture) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of one ``mmtok vocab``."""
-    with pytest.raises(SystemExit) as stop:
-        main(["vocab", *(str(a) for a in arguments)])
-    captured = capsys.readouterr()
-    return int(stop.value.code or 0), captured.out, captured.err
+    return commands.run("vocab", *arguments, capsys=capsys)
 
 
 def report(*arguments: object, capsys: pytest.CaptureFixture) -> dict:
@@ -44,10 +42,6 @@ def report(*arguments: object, capsys: pytest.CaptureFixture) -> dict:
     code, stdout, stderr = run(*arguments, "--json", capsys=capsys)
     assert code == 0, stderr
     return json.loads(stdout)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_create_from_trained_tokenizers(
@@ -187,6 +181,26 @@ def test_an_extension_brings_the_old_tokenizers_along(
     assert MultimodalTokenizer.load(tmp_path / "c").tokenizers["pictures"].codebook_sizes == (96,)
 
 
+def test_a_directory_of_another_vocabulary_is_left_alone(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    report("create", "text-4k", "-o", tmp_path / "one", capsys=capsys)
+    report("create", "text-4k", "image-64-f8", "-o", tmp_path / "two", capsys=capsys)
+    report("export", tmp_path / "one", "-o", tmp_path / "hf", capsys=capsys)
+    before = contents(tmp_path)
+    for arguments in (
+        ["create", "text-4k", "-o", tmp_path / "two"],
+        ["create", "text-4k", "image-64-f8", "-o", tmp_path / "hf"],
+        ["extend", tmp_path / "two", f"drawings={trained / 'drawings' / 'model'}", "-o", tmp_path / "two"],
+        ["export", tmp_path / "two", "-o", tmp_path / "hf"],
+        ["export", tmp_path / "two", "-o", tmp_path / "one"],
+        ["migrate", "any-to-any", "--to", "any-to-any", "-o", tmp_path / "two"],
+        ["migrate", "any-to-any", "--to", "any-to-any", "-o", tmp_path / "hf"],
+    ):
+        assert "holds another vocabulary" in commands.refused("vocab", *arguments, capsys=capsys)
+        assert contents(tmp_path) == before
+
+
 def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     home = tmp_path / "vocabulary"
     made = report("create", *(f"{n}={trained / n / 'model'}" for n in ("words", "sounds")), "-o", home, capsys=capsys)
@@ -202,8 +216,8 @@ def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["show", "nowhere"], "no checkpoint at 'nowhere'"),
-        (["show", "text-4k"], "text-4k has no vocab.json"),
+        (["show", "nowhere"], "no vocabulary at 'nowhere'"),
+        (["show", "text-4k"], "no vocabulary at 'text-4k'"),
         (["show", "bad.json"], "bad.json: not a vocabulary"),
         (["show", "bytes.json"], "bytes.json cannot be read"),
         (["show", "any-to-any", "--ids", "5,x"], "got 'x'"),
@@ -218,13 +232,22 @@ def test_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
         (["create", "text-4k", "-o", "out", "--headroom", "text-4k=1", "--headroom", "text-4k=2"], "given twice"),
         (["create", "text-4k", "-o", "out", "--headroom", "text-4k=-1"], "headroom -1"),
         (["create", "audio-16k", "-o", "out", "--levels", "audio-16k=99"], "99 levels"),
+        (["create", "audio-16k", "-o", "out", "--levels", "audio-16k=0"], "0 levels, expected 1 to 8"),
         (["create", "audio-16k", "-o", "out", "--layout", "audio-16k=sideways"], "sideways"),
+        (["create", "audio-16k", "-o", "out", "--layout", "audio-16k=delayed:0,x"], "delayed:0,x"),
+        (["create", "audio-16k", "-o", "out", "--layout", "audio-16k=delayed:0,1"], "for 2 codebooks, expected 8"),
+        (["create", "audio-16k", "-o", "out", "--layout", "audio-16k"], "got nothing"),
+        (["create", "text-4k", "-o", "out", "--max-grid", "x"], "'--max-grid'"),
+        (["create", "text-4k", "-o", "bad.json"], "is a file"),
+        (["show", "cut.json"], "cut.json: not a vocabulary"),
+        (["show", "format.json"], "format 1; this mmtok reads format 2"),
+        (["show", "."], "no vocabulary at '.'"),
         (["create", "text-4k", "-o", "out", "--max-grid", "0"], "max-grid"),
         (["create", "text-4k"], "--out"),
         (["extend", "any-to-any", "text-4k", "-o", "out", "--headroom", "x=1"], "known: text-4k"),
         (["export", "any-to-any", "-o", "out", "--format", "gguf"], "gguf"),
         (["export", "mute.json", "-o", "out"], "no text tokenizer"),
-        (["export", "lost.json", "-o", "out"], "no checkpoint at 'words'"),
+        (["export", "lost.json", "-o", "out"], "needs the tokenizer 'words'"),
         (["fold"], "fold"),
     ],
 )
@@ -239,14 +262,12 @@ def test_bad_input(
         "bytes.json": b"\xff\xfe{",
         "mute.json": mute.to_json().encode(),
         "lost.json": words.encode(),
+        "cut.json": mute.to_json()[:300].encode(),
+        "format.json": mute.to_json().replace('"format": 2', '"format": 1').encode(),
     }
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    code, stdout, stderr = run(*arguments, capsys=capsys)
-    assert code == 2
-    assert says in stderr
-    assert "Traceback" not in stderr
-    assert stdout == ""
+    assert says in commands.refused("vocab", *arguments, capsys=capsys)
     assert {p.name for p in tmp_path.iterdir()} == set(files)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
 from mmtok.cli import decode, encode, generate, migrate, roundtrip, vocab
 from mmtok.errors import MmtokError
+
+_WRONG_USAGE: Any = typer.BadParameter.__mro__[1]  # click's UsageError, under whichever name typer carries it
 
 app = typer.Typer(
     help="One vocabulary for text, images and audio.",
@@ -31,8 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: without the program's name; None takes them from ``sys.argv``.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the name of a file may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app(args=arguments, prog_name="mmtok", obj=arguments)  # wrong usage exits here, with 2
+        sys.exit(app(args=arguments, prog_name="mmtok", obj=arguments, standalone_mode=False))
+    except _WRONG_USAGE as error:
+        # Empty where the help was shown instead.
+        message = error.format_message().strip().removesuffix(".").replace("Value error, ", "")
+        sys.exit(_complain(f"{message}; see {error.ctx.command_path} --help", 2) if message else 2)
+    except typer.Abort:
+        sys.exit(_complain("stopped", 1))
     except MmtokError as error:
         sys.exit(_complain(str(error), 2))
     except OSError as error:

@@ -28,9 +28,11 @@ class Policy(StrEnum):
 
 def decode(
     file: Annotated[Path, typer.Argument(help="An ids.json.", show_default=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Directory for the media.")] = Path("decoded"),
+    out: Annotated[Path, typer.Option("-o", "--out", file_okay=False, help="Directory for the media.")] = Path(
+        "decoded"
+    ),
     model: Annotated[
-        str, typer.Option(help="Vocabulary: a directory with a vocab.json, or the name of a bundled checkpoint.")
+        str, typer.Option(help="Vocabulary: a vocab.json, a directory with one, or the name of a bundled model.")
     ] = "any-to-any",
     policy: Annotated[
         Policy, typer.Option(help="Ids that break the grammar: refuse, repair the segment, or drop it.")
@@ -72,7 +74,7 @@ def decode(
         entries.append({"name": name, "files": files, "edits": edits})
     report = {"model": model, "vocabulary": registry.fingerprint, "policy": policy.value, "documents": entries}
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))
     else:
         _show(report)
 

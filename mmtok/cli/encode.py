@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,7 @@ import typer
 from mmtok.cli.generate import IMAGE_SIZE
 from mmtok.cli.tables import print_table
 from mmtok.documents import Document, Text, load_segment
-from mmtok.errors import ConfigError
+from mmtok.errors import ConfigError, VocabularyError
 from mmtok.multimodal import MultimodalTokenizer, Segment
 from mmtok.registry import MODALITIES
 from mmtok.sequences import write_ids
@@ -22,9 +23,9 @@ from mmtok.sequences import write_ids
 
 def encode(
     files: Annotated[list[Path], typer.Argument(help="Text, image and audio files, in order.", show_default=False)],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")] = Path("ids.json"),
+    out: Annotated[Path, typer.Option("-o", "--out", dir_okay=False, help="The file to write.")] = Path("ids.json"),
     model: Annotated[
-        str, typer.Option(help="Vocabulary: a directory with a vocab.json, or the name of a bundled checkpoint.")
+        str, typer.Option(help="Vocabulary: a vocab.json, a directory with one, or the name of a bundled model.")
     ] = "any-to-any",
     use: Annotated[
         list[str] | None, typer.Option(help="MODALITY=NAME: another tokenizer than the first of a modality.")
@@ -45,14 +46,14 @@ def encode(
     segments = [load_segment(path) for path in files]
     torch.set_num_threads(min(2, torch.get_num_threads()))
     tokenizer = MultimodalTokenizer.load(model)
-    chosen = _chosen(use or [])
-    fitted = [tokenizer.fit(segment, image_size or None) for segment in segments]
+    chosen = _chosen(use or [], tokenizer)
+    fitted = [tokenizer.fit(segment, image_size or None, chosen.get("image")) for segment in segments]
     parts = list(zip(files, fitted, strict=True))
     groups = [[part] for part in parts] if separate else [parts]
     documents, entries = [], []
     for group in groups:
         ids = tokenizer.encode(Document(tuple(segment for _, segment in group)), use=chosen)
-        name = group[0][0].stem if separate else out.stem
+        name = _text(group[0][0].stem if separate else out.stem)
         documents.append((name, ids))
         entries.append({"name": name, "tokens": len(ids), "segments": _segments(tokenizer, ids, group)})
     write_ids(out, tokenizer.registry, documents)
@@ -64,19 +65,29 @@ def encode(
         "documents": entries,
     }
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))
     else:
         _show(report)
 
 
-def _chosen(use: Sequence[str]) -> dict[str, str]:
-    """``["audio=NAME"]`` to ``{"audio": NAME}``."""
-    chosen = {}
+def _text(name: str) -> str:
+    """The name of a file, whose bytes may be no text, as text."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def _chosen(use: Sequence[str], tokenizer: MultimodalTokenizer) -> dict[str, str]:
+    """``["audio=NAME"]`` to ``{"audio": NAME}``, each a tokenizer of the vocabulary."""
+    chosen: dict[str, str] = {}
     for item in use:
         modality, _, name = item.partition("=")
         if modality not in MODALITIES or not name:
             raise ConfigError(f"got --use {item!r}, expected MODALITY=NAME with one of {', '.join(MODALITIES)}")
-        chosen[modality] = name
+        if modality in chosen:
+            raise ConfigError(f"--use is given twice for {modality!r}; give it once")
+        try:
+            chosen[modality] = tokenizer.choose(modality, name).name
+        except VocabularyError as error:
+            raise ConfigError(f"--use {item}: {error}") from error
     return chosen
 
 
@@ -119,7 +130,7 @@ def _show(report: dict[str, Any]) -> None:
                 " + ".join(s["files"]),
                 s["modality"],
                 s["tokenizer"],
-                str(s["tokens"]),
+                s["tokens"],
                 f"{s['start']}..{s['end'] - 1}",
                 f"{s['lowest_id']}..{s['highest_id']}",
             )

@@ -11,11 +11,10 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from mmtok import media
 from mmtok.checkpoints import atomic_write
+from mmtok.cli.tables import print_table
 from mmtok.documents import Audio, Image, Text, Turn, load_segment, save_document
 from mmtok.errors import ConfigError, MediaError
 from mmtok.multimodal import MultimodalTokenizer, Segment
@@ -44,7 +43,7 @@ def generate(
     to: Annotated[
         list[Modality] | None, typer.Option(help="What to answer with, in order; default: the model chooses.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory for the answer.")] = Path("samples"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Directory for the answer.")] = Path("samples"),
     model: Annotated[str, typer.Option(help="Checkpoint directory, or the name of a bundled one.")] = "any-to-any",
     seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 0,
     temperature: Annotated[
@@ -74,9 +73,9 @@ def generate(
         "temperature": temperature,
         **write_answer(tokenizer, answer, out),
     }
-    atomic_write(out / "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    atomic_write(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))
     else:
         _show(report, out)
 
@@ -211,15 +210,15 @@ def _json(value: Any) -> bytes:
 
 
 def _show(report: dict[str, Any], out: Path) -> None:
-    table = Table("role", "modality", "file", "tokens", "what", "checks", title=f"written to {out}")
-    for s in report["segments"]:
-        what = s.get("text") or (f"{s['seconds']} s" if "seconds" in s else "x".join(map(str, s.get("pixels", []))))
-        fine = all(v for v in s["check"].values() if isinstance(v, bool))
-        table.add_row(s["role"], s["modality"], s["file"], str(s["tokens"]), what[:60], "ok" if fine else "FAILED")
-    console = Console()
-    console.print(table)
-    console.print(
+    print_table(("role", "modality", "file", "tokens", "what", "checks"), map(_row, report["segments"]))
+    print(
         f"{report['new_tokens']} tokens, {report['tokens_per_second']} tok/s, "
-        f"{report['weights_gb_per_second']} GB/s of weights, {report['gflop_per_second']} GFLOP/s",
-        highlight=False,
+        f"{report['weights_gb_per_second']} GB/s of weights, {report['gflop_per_second']} GFLOP/s: {out}"
     )
+
+
+def _row(segment: dict[str, Any]) -> tuple[object, ...]:
+    size = f"{segment['seconds']} s" if "seconds" in segment else "x".join(map(str, segment.get("pixels", [])))
+    fine = all(v for v in segment["check"].values() if isinstance(v, bool))
+    what = segment.get("text", size)[:60]
+    return (*(segment[c] for c in ("role", "modality", "file", "tokens")), what, "ok" if fine else "FAILED")

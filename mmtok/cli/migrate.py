@@ -10,9 +10,10 @@ import torch
 import typer
 
 from mmtok import migration
-from mmtok.checkpoints import read_checkpoint
-from mmtok.cli.vocab import read_vocabulary
+from mmtok.checkpoints import read_checkpoint, resolve
 from mmtok.datasets.shards import DATASET_FILE
+from mmtok.errors import CheckpointError
+from mmtok.export import read_vocabulary, refuse_other
 from mmtok.registry import VocabularyRegistry
 from mmtok.transformer.model import KIND
 
@@ -46,7 +47,7 @@ def migrate(
         figures = _transformer(source, out, registry)
     report = {"source": source, "out": str(out), "vocabulary": registry.fingerprint, **figures}
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))
     else:
         _show(report)
 
@@ -63,6 +64,14 @@ def _data(kind: str, done: migration.DataReport) -> dict[str, Any]:
 
 
 def _transformer(source: str, out: Path, registry: VocabularyRegistry) -> dict[str, Any]:
+    try:
+        resolve(source)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"nothing to migrate at {source!r}: expected an ids.json, a token dataset (a directory with "
+            f"{DATASET_FILE}), or the directory or bundled name of a transformer"
+        ) from error
+    refuse_other(out, registry)
     meta, config, _, _ = read_checkpoint(source)
     model, proof = migration.migrate_transformer(source, registry)
     extra = {key: value for key, value in meta.items() if key not in ("format", "kind", "sha256")}

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from mmtok import loading, media
 from mmtok.checkpoints import atomic_write
+from mmtok.cli.tables import print_table
 from mmtok.documents import Audio, Image, Text, load_segment
 from mmtok.errors import CheckpointError
 from mmtok.evaluation.roundtrip import roundtrip_audio, roundtrip_image, roundtrip_text
@@ -20,7 +19,7 @@ from mmtok.evaluation.roundtrip import roundtrip_audio, roundtrip_image, roundtr
 
 def roundtrip(
     files: Annotated[list[Path], typer.Argument(help="Text, image and audio files.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="Directory for the reconstructions.")] = Path("roundtrip"),
+    out: Annotated[Path, typer.Option(file_okay=False, help="Directory for the reconstructions.")] = Path("roundtrip"),
     text: Annotated[str, typer.Option(help="Text tokenizer: a directory or the name of a bundled one.")] = "text-4k",
     image: Annotated[str, typer.Option(help="Image tokenizer.")] = "image-64-f8",
     audio: Annotated[str, typer.Option(help="Audio codec.")] = "audio-16k",
@@ -61,9 +60,9 @@ def roundtrip(
     for number, (path, entry, back) in enumerate(zip(files, entries, results, strict=True)):
         entry["reconstruction"] = str(_write(out, f"{number}_{path.stem}", back))
     report = {"tokenizers": {m: t.fingerprint for m, t in tokenizers.items()}, "files": entries}
-    atomic_write(out / "report.json", (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    atomic_write(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
     if as_json:
-        print(json.dumps(report, ensure_ascii=False))
+        print(json.dumps(report))
     else:
         _show(entries)
 
@@ -83,13 +82,15 @@ def _write(out: Path, stem: str, back: Text | Image | Audio) -> Path:
 
 
 def _show(entries: list[dict[str, Any]]) -> None:
-    table = Table("file", "tokens", "bits", "how close")
-    for e in entries:
-        if e["modality"] == "text":
-            close = "identical" if e["identity"] else "DIFFERENT"
-        elif e["modality"] == "image":
-            close = f"PSNR {e['psnr_db']} dB, SSIM {e['ssim']}, {e['bits_per_pixel']} bits/pixel"
-        else:
-            close = f"STOI {e['stoi']}, log-mel {e['log_mel_distance_db']} dB, {e['kilobits_per_second']} kb/s"
-        table.add_row(e["file"], str(e["tokens"]), str(e["bits"]), close)
-    Console().print(table)
+    print_table(
+        ("file", "tokens", "bits", "how close"), ((e["file"], e["tokens"], e["bits"], _closeness(e)) for e in entries)
+    )
+
+
+def _closeness(entry: dict[str, Any]) -> str:
+    match entry["modality"]:
+        case "text":
+            return "identical" if entry["identity"] else "DIFFERENT"
+        case "image":
+            return f"PSNR {entry['psnr_db']} dB, SSIM {entry['ssim']}, {entry['bits_per_pixel']} bits/pixel"
+    return f"STOI {entry['stoi']}, log-mel {entry['log_mel_distance_db']} dB, {entry['kilobits_per_second']} kb/s"

@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from mmtok.checkpoints import META, atomic_write, bundled_directory, resolve
+from mmtok.checkpoints import atomic_write
+from mmtok.cli.tables import print_table
 from mmtok.errors import CheckpointError, ConfigError, VocabularyError, VocabularyMismatchError
-from mmtok.export import CONFIG_FILE, export_hf, exported
-from mmtok.loading import load
+from mmtok.export import export_hf, read_vocabulary, refuse_other
+from mmtok.loading import find_tokenizer, load
 from mmtok.multimodal import spec_of
 from mmtok.registry import VOCAB_FILE, Block, TokenizerSpec, VocabularyRegistry
 
@@ -39,7 +40,10 @@ Tokenizers = Annotated[
 Vocabulary = Annotated[
     str, typer.Argument(metavar="PATH", help="A vocab.json, a directory with one, or the name of a bundled model.")
 ]
-Out = Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="The directory to write.", show_default=False)]
+Out = Annotated[
+    Path,
+    typer.Option("-o", "--out", metavar="DIR", file_okay=False, help="The directory to write.", show_default=False),
+]
 Levels = Annotated[
     list[str] | None, typer.Option(metavar="NAME=N", help="Use only the first N codebooks of an audio codec.")
 ]
@@ -73,7 +77,7 @@ def create(
     """
     sources, specs = _specs(tokenizers, levels, layout, headroom)
     registry = VocabularyRegistry.create(specs, max_grid=max_grid, pad_multiple=pad_multiple)
-    copied = _write(registry, sources, out)
+    copied = _write(registry, sources, out, out)
     if as_json:
         print(json.dumps({**_summary(registry), "out": str(out), "copied": copied}))
         return
@@ -125,7 +129,7 @@ def extend(
     if len(moved := new.moved(old)):
         raise VocabularyError(f"{len(moved)} ids would move, the first is {moved[0]}; nothing was written")
     kept = sum(b.size for b in old.blocks)
-    copied = _write(new, {t.name: str(find_tokenizer(home, t.name)) for t in old.tokenizers} | sources, out)
+    copied = _write(new, sources, out, home)
     differences = old.diff(new).splitlines()
     if as_json:
         report = {"out": str(out), "copied": copied, "kept": kept, "moved": 0, "differences": differences}
@@ -171,43 +175,12 @@ def export(
     """
     registry, home = read_vocabulary(path)
     names = [t.name for t in registry.tokenizers if t.modality == "text"][:1]
-    export_hf(registry, {name: load(find_tokenizer(home, name)) for name in names}, out)
+    export_hf(registry, {name: load(find_tokenizer(name, home)) for name in names}, out)
     if as_json:
         sizes = {"fingerprint": registry.fingerprint, "padded_size": registry.padded_size}
         print(json.dumps({"out": str(out), "format": to.value, **sizes}))
         return
     print(f"{registry.padded_size} ids, each checked, for transformers.AutoTokenizer in {out}")
-
-
-def read_vocabulary(path: str | Path) -> tuple[VocabularyRegistry, Path]:
-    """A vocabulary and the directory that it lies in; no weights are read.
-
-    Args:
-        path: a vocab.json, a directory with one, an exported directory, or the name of a bundled model.
-
-    Raises:
-        CheckpointError: there is none.
-        VocabularyError: it is damaged.
-    """
-    place = Path(path)
-    if not (place / VOCAB_FILE).is_file() and (place / CONFIG_FILE).is_file():
-        return exported(place), place
-    file = place if place.is_file() else (place if (place / VOCAB_FILE).is_file() else resolve(place)) / VOCAB_FILE
-    if not file.is_file():
-        raise CheckpointError(f"{path} has no {VOCAB_FILE}; expected a vocabulary, as mmtok vocab create writes it")
-    try:
-        return VocabularyRegistry.from_json(file.read_text(encoding="utf-8")), file.parent
-    except VocabularyError as error:
-        raise VocabularyError(f"{file}: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{file} cannot be read as a vocabulary ({error})") from error
-
-
-def find_tokenizer(directory: Path, name: str) -> Path:
-    """Where the tokenizer of this name is for a vocabulary in ``directory``: in it, beside it, or among the bundled; if
-    in none, where it should be."""
-    near = (directory / name, directory.parent / name, bundled_directory() / name)
-    return next((p for p in near if (p / META).is_file()), near[0])
 
 
 def _specs(
@@ -246,7 +219,9 @@ def _values(
         try:
             out[name] = convert(value)
         except ValueError as error:
-            raise ConfigError(f"{option} {pair}: got {value!r}, expected NAME=NUMBER") from error
+            raise ConfigError(f"{option} {pair}: got {value!r}, expected {name}=NUMBER") from error
+        if value == "":
+            raise ConfigError(f"{option} {pair}: got nothing, expected {name}=VALUE")
     return out
 
 
@@ -258,37 +233,39 @@ def _integers(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _write(registry: VocabularyRegistry, sources: Mapping[str, str], out: Path) -> list[str]:
-    """Write vocab.json, after the tokenizers that could not be found from there; the directories of those."""
+def _write(registry: VocabularyRegistry, sources: Mapping[str, str], out: Path, home: Path) -> list[str]:
+    """Write vocab.json, after the tokenizers that could not be found from there; the directories of those.
+
+    What is no source is where the vocabulary in ``home`` has it.
+    """
     file = out / VOCAB_FILE
-    if file.is_file() and (there := read_vocabulary(file)[0]) != registry:
-        raise VocabularyError(
-            f"{file} is another vocabulary ({there.fingerprint[:12]}, this one is {registry.fingerprint[:12]}), and "
-            "what was made with it needs it; choose another directory"
-        )
-    missing = [spec for spec in registry.tokenizers if not _holds(find_tokenizer(out, spec.name), spec)]
+    refuse_other(out, registry)
+    missing = [spec for spec in registry.tokenizers if not _holds(out, spec)]
     for spec in missing:
         if (out / spec.name).exists():
             raise CheckpointError(
                 f"{out / spec.name} is not the tokenizer {spec.name!r} of this vocabulary; choose another directory "
                 "or give the tokenizer another name"
             )
+    models = {}
     for spec in missing:
-        tokenizer = load(sources[spec.name])
-        if tokenizer.fingerprint != spec.fingerprint:
+        source = sources.get(spec.name) or find_tokenizer(spec.name, home)
+        models[spec.name] = load(source)
+        if models[spec.name].fingerprint != spec.fingerprint:
             raise VocabularyMismatchError(
-                f"{sources[spec.name]}: tokenizer {spec.name!r} has fingerprint {tokenizer.fingerprint[:12]}, the "
+                f"{source}: tokenizer {spec.name!r} has fingerprint {models[spec.name].fingerprint[:12]}, the "
                 f"vocabulary was made with {spec.fingerprint[:12]}; put back that checkpoint"
             )
-        tokenizer.save(out / spec.name)
+    for name, model in models.items():
+        model.save(out / name)
     atomic_write(file, registry.to_json().encode())
     return [str(out / spec.name) for spec in missing]
 
 
-def _holds(place: Path, spec: TokenizerSpec) -> bool:
-    """Whether this directory or bundled name is the tokenizer that the registry means."""
+def _holds(out: Path, spec: TokenizerSpec) -> bool:
+    """Whether a vocabulary in this directory would find the tokenizer that the registry means."""
     try:
-        return load(place).fingerprint == spec.fingerprint
+        return load(find_tokenizer(spec.name, out)).fingerprint == spec.fingerprint
     except CheckpointError:
         return False
 
@@ -323,16 +300,15 @@ def _row(registry: VocabularyRegistry, block: Block) -> dict[str, Any]:
 
 
 def _show(registry: VocabularyRegistry) -> None:
-    rows = [("block", "ids", "size", "head-room", "modality", "tokenizer", "level", "layout")]
-    for block in registry.blocks:
-        row = _row(registry, block)
-        level = "" if row["level"] is None else str(row["level"])
-        ids, size, room = f"{row['first']}..{row['last']}", str(row["size"]), str(row["headroom"])
-        rows.append((row["name"], ids, size, room, row["modality"], row["tokenizer"], level, row["layout"]))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for line in rows:  # plain lines: a table of a fixed width would break names and ids
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     summary = _summary(registry)
+    columns = ("name", "size", "headroom", "modality", "tokenizer", "level", "layout")
+    print_table(
+        ("block", "ids", "size", "head-room", "modality", "tokenizer", "level", "layout"),
+        (
+            (row["name"], f"{row['first']}..{row['last']}", *("" if row[c] is None else row[c] for c in columns[1:]))
+            for row in summary["blocks"]
+        ),
+    )
     print(f"{summary['used']} ids in use, {summary['size']} reserved, {summary['padded_size']} with padding")
     print(f"revision {registry.revision}, fingerprint {registry.fingerprint}")
 
