@@ -268,8 +268,8 @@ class Grammar(Automaton):
                 f"an image of {shape[0]}x{shape[1]} codes, expected sides of 1..{self._grid.size}: resize the image, "
                 "or create a vocabulary with a larger max_grid"
             )
-        head = [b.opening, self._grid.start + shape[0] - 1, self._grid.start + shape[1] - 1]
-        return np.concatenate([head, self._ids(spec.name, array, 0).reshape(-1), [b.closing]])
+        head = (b.opening, self._grid.start + shape[0] - 1, self._grid.start + shape[1] - 1)
+        return _enclosed(head, self._ids(spec.name, array, 0).reshape(-1), b.closing)
 
     def _audio_ids(self, b: Bracketed, layout: Layout, codes: Any) -> np.ndarray:
         """A whole audio segment."""
@@ -287,9 +287,10 @@ class Grammar(Automaton):
         else:
             merged = self._ids(b.tokenizer, parts[0])
         try:
-            return np.concatenate([[b.opening], layout.flatten(merged), [b.closing]])
+            stream = layout.flatten(merged)
         except LayoutError as error:
             raise VocabularyError(f"codes of {b.tokenizer}: {error}") from error
+        return _enclosed((b.opening,), stream, b.closing)
 
     def _ids(self, tokenizer: str, codes: np.ndarray, level: int | None = None) -> np.ndarray:
         """Codes as ids: [K, T] of all levels, or of any shape of one; VocabularyError with the first bad position."""
@@ -416,3 +417,10 @@ def _run_end(classes: np.ndarray, start: int, low: int, high: int) -> int:
             return start + int(out.argmax())
         start, size = start + size, 2 * size
     return len(classes)
+
+
+def _enclosed(head: tuple[int, ...], stream: np.ndarray, closing: int) -> np.ndarray:
+    """int64: head, stream, closing."""
+    out = np.empty(len(head) + len(stream) + 1, np.int64)
+    out[: len(head)], out[len(head) : -1], out[-1] = head, stream, closing
+    return out
