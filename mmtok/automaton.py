@@ -151,16 +151,18 @@ class Automaton:
         t = self._on(state.phase.device)
         phase, counter, total, stage = _native(t, state)
         ids = _native(t, ids.long())
-        last = len(t.classes) - 1
-        kind = t.classes[t.xp.where((ids < 0) | (ids >= last), last, ids)]
+        where, last = t.xp.where, len(t.classes) - 1
+        kind = t.classes[where((ids < 0) | (ids >= last), last, ids)]
         to, *rest, starts, _ = t.edges[:_EDGE, phase, kind]
         ok, counter, total = _move(rest, counter, total)
-        zero = counter == 0
-        counter = t.xp.where(zero, t.refill[to] * total, counter)
-        to = t.xp.where(zero, t.zero[to], to)
-        where = t.xp.where
-        after = (where(ok, to, FAILED), where(ok, counter, 0), where(ok, total, 0), stage + starts * ok)
-        return GrammarState(*map(_tensor, after))
+        stage = stage + starts * ok
+        host = t.xp is np  # where it costs nothing to ask whether a step is needed
+        if not host or not counter.all():
+            zero = counter == 0
+            counter, to = where(zero, t.refill[to] * total, counter), where(zero, t.zero[to], to)
+        if not host or not ok.all():
+            to, counter, total = where(ok, to, FAILED), where(ok, counter, 0), where(ok, total, 0)
+        return GrammarState(*map(_tensor, (to, counter, total, stage)))
 
     def mask(
         self,

@@ -240,7 +240,7 @@ def pixels(document: Document) -> torch.Tensor:
 
 
 class ManyRates:
-    """A codec whose frames hold one code of level 0 and two of level 1: each sample in three steps, and every other one again."""
+    """A codec whose frames hold one code of level 0 and two of level 1, which are the samples in three steps."""
 
     kind, modality, fingerprint, codebook_sizes = "many-rates", "audio", "rates", (4, 3)
     properties: ClassVar[dict] = {"sample_rate": 1000, "hop": 2}
