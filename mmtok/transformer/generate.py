@@ -254,11 +254,13 @@ class _Run:
         """int64 [B]: the next id of each row."""
         rows, grammar = self.rows, self.grammar
         mask = grammar.mask(rows.state, rows.left, rows.limits)
+        may_leave = rows.asked & grammar.in_text(rows.state)
+        if not may_leave.any():
+            return self._choose(mask, step)
         # Whatever the model would end a text with, the answer goes on with what was asked for.
         goes_on = mask & self.leave
-        may_leave = rows.asked & grammar.in_text(rows.state) & goes_on.any(-1) & (mask & ~self.leave).any(-1)
-        mask = mask | (self.leave & may_leave[:, None])
-        ids = self._choose(mask, step)
+        may_leave &= goes_on.any(-1) & (mask & ~self.leave).any(-1)
+        ids = self._choose(mask | (self.leave & may_leave[:, None]), step)
         return torch.where(may_leave & self.leave[ids], goes_on.byte().argmax(-1), ids)
 
     def _choose(self, mask: Tensor, step: int) -> Tensor:
