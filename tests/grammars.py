@@ -6,10 +6,11 @@ import functools
 from collections.abc import Iterator
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 
 from mmtok.errors import VocabularyError
-from mmtok.grammar import Grammar, Restriction
+from mmtok.grammar import Grammar, GrammarState, Restriction, Restrictions
 from mmtok.layouts import Layout
 from mmtok.registry import MODALITIES, TokenizerSpec, VocabularyRegistry
 
@@ -239,3 +240,21 @@ def restrictions(draw: st.DrawFn, registry: VocabularyRegistry) -> Restriction |
             ),
         )
     )
+
+
+def sample(
+    grammar: Grammar, limits: Restrictions, budget: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, GrammarState]:
+    """Rows drawn from random scores of any sharpness, to the end of the longest: ids [B, n], and the last state."""
+    batch, size = len(budget), grammar.registry.padded_size
+    sharpness = 10 ** torch.empty(batch, 1).uniform_(-1, 2, generator=generator)
+    bias = torch.randn(batch, size, generator=generator) * sharpness
+    state, left, out = grammar.initial(batch), budget.clone(), []
+    while not bool(state.done.all()):
+        mask = grammar.mask(state, left, limits)
+        logits = bias + torch.randn(mask.shape, generator=generator)
+        ids = logits.masked_fill(~mask, -torch.inf).argmax(-1)
+        state = grammar.advance(state, ids)
+        out.append(ids)
+        left = left - 1
+    return torch.stack(out, 1), state

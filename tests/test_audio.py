@@ -22,14 +22,6 @@ CONFIG = SpectralCodecConfig(
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def sounds(b: int, length: int, seed: int = 0) -> torch.Tensor:
     """Chirps of several loudnesses with noise: float32 [B, 1, T] in -1..1."""
     g = torch.Generator().manual_seed(seed)

@@ -41,15 +41,6 @@ def tiny(seed: int = 0, scale: float = 1.0) -> Transformer:
     return model
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost a model of this size more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 MODEL = tiny()
 SEGMENTS = {
     "text": np.array([REGISTRY.block("text").start + i for i in (5, 9, 1)]),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from grammars import Document, Plain, cached, registries, restrictions, sequences
+from grammars import Document, Plain, cached, registries, restrictions, sample, sequences
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -172,23 +172,13 @@ def test_any_logits_give_a_document_within_the_budget(registry: VocabularyRegist
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     limits = data.draw(st.lists(restrictions(registry), min_size=1, max_size=8))
     batch = len(limits)
-    compiled = grammar.restrict(limits)
-    state = grammar.initial(batch)
-    assert grammar.needed(state).tolist() == [2] * batch
+    compiled, start = grammar.restrict(limits), grammar.initial(batch)
+    assert grammar.needed(start).tolist() == [2] * batch
+    needed = grammar.needed(start, compiled).tolist()
     budget = torch.randint(0, 40, (batch,), generator=generator)
-    sharpness = 10 ** torch.empty(batch, 1).uniform_(-1, 2, generator=generator)
-    bias = torch.randn(batch, registry.padded_size, generator=generator) * sharpness
-    left, out = budget.clone(), []
-    while not bool(state.done.all()):
-        mask = grammar.mask(state, left, compiled)
-        logits = bias + torch.randn(mask.shape, generator=generator)
-        ids = logits.masked_fill(~mask, -torch.inf).argmax(-1)
-        state = grammar.advance(state, ids)
-        out.append(ids)
-        left = left - 1
+    sampled, state = sample(grammar, compiled, budget, generator)
     assert not state.failed.any()
-    needed = grammar.needed(grammar.initial(batch), compiled).tolist()
-    for row, limit, most, least in zip(torch.stack(out, 1), limits, budget.tolist(), needed, strict=True):
+    for row, limit, most, least in zip(sampled, limits, budget.tolist(), needed, strict=True):
         spans = grammar.spans(row)
         used = [s for s in spans if s.name != "<pad>"]
         assert used[-1].end <= max(least, most)

@@ -17,14 +17,6 @@ from mmtok.image import ImageVQVAE, ImageVQVAEConfig
 CONFIG = ImageVQVAEConfig(downsample=8, patch=4, channels=8, blocks=1, codebook_size=32, codebook_dim=4)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def pictures(b: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
     """Noise over smooth colours, so that codes differ within and between pictures."""
     g = torch.Generator().manual_seed(seed)

@@ -42,15 +42,6 @@ DELAYED = VocabularyRegistry.create([PICS, WORDS, dataclasses.replace(SOUNDS, la
 FEWER = VocabularyRegistry.create([WORDS, ART, SOUNDS], max_grid=3)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost a model of this size more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def ids_of(registry: VocabularyRegistry, document: Document = CODES) -> np.ndarray:
     return to_ids(Grammar(registry), document)
 

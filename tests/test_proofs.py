@@ -10,7 +10,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from grammars import Document, Plain, State, documents, layouts, registries, restrictions, to_ids
+from grammars import Document, Plain, State, documents, layouts, registries, restrictions, sample, to_ids
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -78,22 +78,12 @@ def test_a_hundred_thousand_samples_of_random_logits_decode_within_their_budgets
         grammar = Grammar(registry)
         generator = torch.Generator().manual_seed(seed)
         rows = [limits[i % len(limits)] for i in range(batch)]
-        compiled, state = grammar.restrict(rows), grammar.initial(batch)
-        least = grammar.needed(state, compiled)
-        budget = torch.randint(1, 80, (batch,), generator=generator)
-        sharpness = 10 ** torch.empty(batch, 1).uniform_(-1, 2, generator=generator)
-        bias = torch.randn(batch, registry.padded_size, generator=generator) * sharpness
-        left, out = budget.clone(), []
-        while not bool(state.done.all()):
-            mask = grammar.mask(state, left, compiled)
-            logits = bias + torch.randn(mask.shape, generator=generator)
-            ids = logits.masked_fill(~mask, -torch.inf).argmax(-1)
-            state = grammar.advance(state, ids)
-            out.append(ids)
-            left = left - 1
+        compiled, budget = grammar.restrict(rows), torch.randint(1, 80, (batch,), generator=generator)
+        least = grammar.needed(grammar.initial(batch), compiled)
+        sampled, state = sample(grammar, compiled, budget, generator)
         assert not state.failed.any()
         most = torch.maximum(budget, least).tolist()
-        for row, limit in zip(torch.stack(out, 1).numpy(), most, strict=True):
+        for row, limit in zip(sampled.numpy(), most, strict=True):
             used = [s for s in grammar.spans(row) if s.name != "<pad>"]
             assert used[-1].end <= limit
             for span in used:

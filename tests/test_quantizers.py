@@ -13,14 +13,6 @@ from mmtok.quantizers import DEAD_SHARE, Quantizer
 DIM, SIZE = 12, 32
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def vectors(seed: int, b: int = 4, n: int = 64) -> torch.Tensor:
     return torch.randn(b, n, DIM, generator=torch.Generator().manual_seed(seed))
 

@@ -28,15 +28,6 @@ from mmtok.training.loop import LOG, STATE, LoopConfig, fit, rng
 from mmtok.transformer import Transformer, TransformerConfig
 from mmtok.transformer.packing import attention_mask, pack
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- the loop
 
 CONFIG = LoopConfig(steps=7, batch_size=4, lr=1e-2, warmup=2, eval_every=2, save_every=3)

@@ -18,15 +18,6 @@ from mmtok.transformer.model import Transformer, TransformerConfig
 from mmtok.transformer.packing import attention_mask, pack
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Threads cost a model of this size more than they give."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def registry(text: int = 100) -> VocabularyRegistry:
     return VocabularyRegistry.create([TokenizerSpec("words", "text", (text,), "t")], max_grid=4)
 
