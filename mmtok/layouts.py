@@ -321,7 +321,8 @@ def parse(name: str, codebooks: int) -> Layout:
     try:
         layout = kinds[kind](tuple(int(x) for x in rest.split(",")) if rest else ())
     except ValueError as error:
-        raise LayoutError(f"got layout {name!r}: {error}; expected such as 'delayed:0,1,2,3'") from error
+        detail = error if isinstance(error, LayoutError) else "after the colon stand whole numbers and commas"
+        raise LayoutError(f"got layout {name!r}: {detail}; expected such as 'delayed:0,1,2,3'") from error
     if len(layout.rates) != codebooks or str(layout) != name:
         raise LayoutError(f"layout {name!r} is for {len(layout.rates)} codebooks, expected {codebooks}")
     return layout

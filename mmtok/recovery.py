@@ -81,6 +81,7 @@ class _Recoverer:
         self.classes = grammar.classes(ids)
         self.parts: list[np.ndarray] = []
         self.edits: list[Edit] = []
+        self._known: dict[str, np.ndarray] = {}  # by tokenizer, so that many damaged segments cost no more than one
 
     def run(self) -> Recovery:
         ids, classes, n = self.ids, self.classes, len(self.ids)
@@ -164,8 +165,10 @@ class _Recoverer:
 
     def _own(self, b: Bracketed) -> np.ndarray:
         """Which ids are codes or fills of a tokenizer."""
-        fill = int(b.layout is not None and b.layout.fill is not None)
-        return (self.classes >= b.codes[0]) & (self.classes <= b.codes[-1] + fill)
+        if b.tokenizer not in self._known:
+            last = b.codes[-1] + (b.layout is not None and b.layout.fill is not None)
+            self._known[b.tokenizer] = (self.classes >= b.codes[0]) & (self.classes <= last)
+        return self._known[b.tokenizer]
 
     def _image(self, at: int, body: np.ndarray, b: Bracketed) -> np.ndarray | None:
         """Sizes and codes of the rows that are whole; None if there is none, or no size."""
