@@ -1,4 +1,4 @@
-"""The one definition of a valid sequence: strict parsing, codes in and out, sampling masks, loss mask, listing.
+"""The one definition of a valid sequence: strict parsing, codes in and out, sampling masks, loss mask.
 
     document := <bos> turn* <eos>
     turn     := [<user> | <assistant>] segment*
@@ -12,7 +12,7 @@ the same sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,7 +217,7 @@ class Grammar(Automaton):
         skip = {"text": (0, 0), "image": (3, 1), "audio": (1, 1)}[span.kind]
         start, end = span.start + skip[0], span.end - skip[1]
         part = array[start:end].astype(np.int64)
-        layout = self._layout(span)
+        layout = self.layout_of(span)
         levels = np.zeros(int(np.prod(span.shape)), np.int64) if layout is None else layout.levels(span.shape[1])
         if len(part) != len(levels):
             raise SequenceError(start, f"{len(part)} ids", f"{len(levels)} of {span.tokenizer}; parse these ids anew")
@@ -237,7 +237,8 @@ class Grammar(Automaton):
             return tuple(level - b.start for level, b in zip(codes, blocks, strict=True))
         return codes - np.array([b.start for b in blocks])[:, None]
 
-    def _layout(self, span: Span) -> Layout | None:
+    def layout_of(self, span: Span) -> Layout | None:
+        """The codebook layout of an audio span, over ids; None for any other."""
         return self._by_name[span.tokenizer].layout if span.kind == "audio" else None
 
     def segment_ids(self, tokenizer: str, codes: Any) -> np.ndarray:
@@ -307,7 +308,7 @@ class Grammar(Automaton):
             )
         return codes + starts
 
-    # --- training and inspection
+    # --- training
 
     def loss_mask(self, ids: Any) -> np.ndarray:
         """Which target ids are a choice, and so worth a loss: all but those that what stands before them forces.
@@ -348,63 +349,6 @@ class Grammar(Automaton):
             elif isinstance(b.layout, CodebookMajor) and len(b.codes) > 1:
                 mask |= (array == b.closing) & (before(1) == kind)
         return mask
-
-    def listing(self, ids: Any) -> list[dict[str, Any]]:
-        """A document with notes, one row an id.
-
-        Each row has ``position``, ``id``, ``kind`` and ``description``; codes have ``tokenizer`` and ``code``, image
-        codes ``row`` and ``column``, audio codes ``frame``, ``level``, of several in a frame the ``index`` among them,
-        and, where the tokenizer says so, ``time_s``.
-
-        Raises:
-            SequenceError, VocabularyError: as ``spans``.
-        """
-        array = self.checked(ids)
-        rows: list[dict[str, Any]] = []
-        for span in self.spans(array):
-            note = self._notes(span)
-            for position in range(span.start, span.end):
-                id = int(array[position])
-                row: dict[str, Any] = {"position": position, "id": id, "kind": span.kind}
-                row["description"] = self.registry.describe(id)
-                rows.append(row | note(position, id))
-        return rows
-
-    def _notes(self, span: Span) -> Callable[[int, int], dict[str, Any]]:
-        """What the listing adds to a row of this span: a function of position and id."""
-        if not span.tokenizer:
-            return lambda position, id: {}
-        spec, blocks = self.registry.tokenizer(span.tokenizer), self.registry.blocks_of(span.tokenizer)
-        lead = {"text": 0, "image": 3, "audio": 1}[span.kind]
-        layout = self._layout(span)
-        if layout is None:
-            levels = order = np.zeros(int(np.prod(span.shape)), np.int64)
-        else:
-            levels, order = layout.levels(span.shape[1]), layout.order(span.shape[1])
-            firsts = np.cumsum([0, *layout.rates]) * span.shape[1]
-        rate = 0.0
-        if "hop" in spec.properties and "sample_rate" in spec.properties:
-            rate = spec.properties["sample_rate"] / spec.properties["hop"]
-
-        def note(position: int, id: int) -> dict[str, Any]:
-            i = position - span.start - lead
-            if not 0 <= i < len(levels) or levels[i] < 0:
-                return {}
-            level = int(levels[i])
-            out: dict[str, Any] = {"tokenizer": spec.name, "code": id - blocks[level].start}
-            if span.kind == "image":
-                out["row"], out["column"] = divmod(i, span.shape[1])
-            elif layout is not None:
-                index = int(order[i] - firsts[level])
-                out["frame"], which = divmod(index, layout.rates[level])
-                out["level"] = level
-                if layout.rates[level] > 1:
-                    out["index"] = which
-                if rate:
-                    out["time_s"] = index / (rate * layout.rates[level])
-            return out
-
-        return note
 
 
 def _run_end(classes: np.ndarray, start: int, low: int, high: int) -> int:

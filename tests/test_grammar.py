@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mmtok.automaton import Automaton
 from mmtok.errors import ConfigError, SequenceError, VocabularyError
 from mmtok.grammar import Grammar, GrammarState, Restriction, Span
+from mmtok.listing import listing
 from mmtok.registry import MODALITIES, TokenizerSpec, VocabularyRegistry
 
 
@@ -216,7 +217,7 @@ def test_loss_mask_leaves_out_what_is_forced(case: tuple[Grammar, Plain, Documen
 @given(sequences())
 def test_listing_tells_where_each_code_is(case: tuple[Grammar, Plain, Document, np.ndarray]) -> None:
     grammar, _, _, ids = case
-    rows = grammar.listing(ids)
+    rows = listing(grammar, ids)
     assert [(x["position"], x["id"]) for x in rows] == list(enumerate(ids.tolist()))
     for span in grammar.spans(ids):
         part = [x for x in rows[span.start : span.end] if "code" in x]
@@ -249,7 +250,7 @@ junk = st.one_of(
 @given(registries(), junk)
 def test_nothing_but_our_errors_comes_out_of_junk(registry: VocabularyRegistry, ids: object) -> None:
     grammar, plain = cached(registry)
-    for call in (grammar.spans, grammar.listing, grammar.loss_mask, lambda x: grammar.resume([x])):
+    for call in (grammar.spans, lambda x: listing(grammar, x), grammar.loss_mask, lambda x: grammar.resume([x])):
         with contextlib.suppress(SequenceError, VocabularyError):
             call(ids)
     if isinstance(ids, np.ndarray):
@@ -284,7 +285,7 @@ def test_golden_document(small: Grammar) -> None:
         ("<eos>", 23, 24, ()),
         ("<pad>", 24, 25, ()),
     ]
-    assert small.listing(ids)[18] == {
+    assert listing(small, ids)[18] == {
         "position": 18,
         "id": 286,
         "kind": "audio",
@@ -451,7 +452,7 @@ def test_golden_documents_of_other_layouts() -> None:
     ids = grammar.segment_ids("music", np.array([[0, 1], [1, 1], [0, 0]]))
     a, b, c = (block.start for block in r.blocks_of("music"))
     assert ids.tolist() == [5, a, 7, 7, a + 1, b + 1, 7, 7, b + 1, c, 7, 7, c, 6]
-    rows = grammar.listing(np.array([r.bos, *ids, r.eos]))
+    rows = listing(grammar, np.array([r.bos, *ids, r.eos]))
     assert [(x["level"], x["frame"], x["time_s"]) for x in rows if "code" in x] == [
         (0, 0, 0.0), (0, 1, 0.1), (1, 0, 0.0), (1, 1, 0.1), (2, 0, 0.0), (2, 1, 0.1)
     ]  # fmt: skip
@@ -459,7 +460,7 @@ def test_golden_documents_of_other_layouts() -> None:
     mask = grammar.loss_mask(ids)
     assert np.flatnonzero(~mask).tolist() == [2, 3, 6, 10, 11, 13]
     snac = grammar.segment_ids("snac", [np.array([1]), np.array([0, 1])])
-    rows = grammar.listing(np.array([r.bos, *snac, r.eos]))
+    rows = listing(grammar, np.array([r.bos, *snac, r.eos]))
     assert [(x["level"], x["frame"], x.get("index"), x["time_s"]) for x in rows if "code" in x] == [
         (0, 0, None, 0.0), (1, 0, 0, 0.0), (1, 0, 1, 0.05)
     ]  # fmt: skip

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("restrictions",),
     ("automaton",),
     ("grammar",),
+    ("listing",),
     ("recovery",),
     ("sequences",),
     ("adapters",),

@@ -17,6 +17,7 @@ from mmtok.checkpoints import atomic_write
 from mmtok.cli.tables import print_table
 from mmtok.documents import Audio, Image, Text, Turn, load_segment, save_document
 from mmtok.errors import ConfigError, MediaError
+from mmtok.listing import listing as list_ids
 from mmtok.multimodal import MultimodalTokenizer, Segment
 from mmtok.sequences import write_ids
 from mmtok.transformer.generate import Generation, Request, Sampling
@@ -93,7 +94,7 @@ def write_answer(tokenizer: MultimodalTokenizer, answer: Generation, out: Path) 
         The report: segments with their files and checks, tokens of each modality, speed.
     """
     document = tokenizer.decode(answer.ids)
-    listing = tokenizer.grammar.listing(answer.ids)
+    listing = list_ids(tokenizer.grammar, answer.ids)
     paths = iter(save_document(document, out))
     spans = [
         s for s in tokenizer.grammar.spans(answer.ids) if s.kind != "control" or s.name in ("<user>", "<assistant>")
