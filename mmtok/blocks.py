@@ -97,6 +97,10 @@ class TokenizerSpec:
             raise VocabularyError(f"{self.name}: properties are not JSON ({error})") from error
         if not isinstance(properties, dict):
             raise VocabularyError(f"{self.name}: properties {properties!r}, expected a dict")
+        for key in ("sample_rate", "hop", "downsample"):
+            value = properties.get(key, 1)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_IDS:
+                raise VocabularyError(f"{self.name}: properties[{key!r}] is {value!r}, expected a number above 0")
         extends = properties.get("extends", [])
         if not isinstance(extends, list) or not all(isinstance(x, str) for x in extends):
             raise VocabularyError(f"{self.name}: properties['extends'] is {extends!r}, expected a list of fingerprints")
@@ -229,6 +233,9 @@ def _check_owners(blocks: Sequence[Block], tokenizers: Sequence[TokenizerSpec]) 
         else:
             owned[b.tokenizer].append((b.codebook, b.modality, b.size, b.fingerprint))
     for t in tokenizers:
+        first = next(x for x in tokenizers if x.modality == t.modality)
+        if t.name in MODALITIES and t is not first:
+            raise VocabularyError(f"tokenizer {t.name!r} comes after {first.name!r}, which the name means; rename it")
         expected = [(q, t.modality, size, t.fingerprint) for q, size in enumerate(t.codebook_sizes)]
         if sorted(owned[t.name]) != expected:
             raise VocabularyError(

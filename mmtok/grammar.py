@@ -328,6 +328,8 @@ class Grammar(Automaton):
             VocabularyError: an id outside the vocabulary.
         """
         array = integers(ids, "ids")
+        if not array.ndim:
+            raise VocabularyError("ids are a single number, expected an array [..., n]")
         bad = (array < 0) | (array >= len(self._choice))
         if bad.any():
             raise VocabularyError(f"id {array[bad][0]}, expected 0..{len(self._choice) - 1}")

@@ -21,6 +21,8 @@ import numpy as np
 from mmtok.arrays import blank, first, like
 from mmtok.errors import LayoutError
 
+MOST = 4096  # steps of a delay, codes of a level in a frame: no codec comes near, and a hostile file must not hang
+
 
 class Layout:
     """What all layouts share.
@@ -77,6 +79,7 @@ class Layout:
         order = self.order(frames)
         if self.fill is None:
             return flat[..., order]
+        flat = flat.long() if hasattr(flat, "long") else flat.astype(np.int64)
         clash = flat == self.fill
         if clash.any():
             raise LayoutError(f"code {first(clash)} is {self.fill}, the fill value; choose a fill that is no code")
@@ -131,7 +134,10 @@ class Layout:
         if not isinstance(codes, Sequence) or len(codes) != k:
             got = f"{len(codes)} arrays" if isinstance(codes, Sequence) else type(codes).__name__
             raise LayoutError(f"codes are {got}, expected a sequence of {k} arrays, one a level")
-        lengths = [part.shape[-1] for part in codes]
+        shapes = [tuple(getattr(part, "shape", ())) for part in codes]
+        if not all(shapes) or len({(shape[:-1], part.dtype) for shape, part in zip(shapes, codes, strict=True)}) > 1:
+            raise LayoutError(f"levels have shapes {shapes}, expected [..., n] alike but for n, and of one dtype")
+        lengths = [shape[-1] for shape in shapes]
         frames = lengths[0] // self.rates[0]
         if lengths != [rate * frames for rate in self.rates]:
             raise LayoutError(f"levels have {lengths} codes, expected {list(self.rates)} for each frame")
@@ -205,8 +211,10 @@ class CodebookMajor(Layout):
 
     def __post_init__(self) -> None:
         rates = tuple(self.rates) or (1,) * _codebooks(self.codebooks)
-        if len(rates) != self.codebooks or not all(_natural(r) and r >= 1 for r in rates):
-            raise LayoutError(f"rates {rates}, expected {self.codebooks} whole numbers from 1 up, one a codebook")
+        if len(rates) != self.codebooks or not all(_natural(r) and 1 <= r <= MOST for r in rates):
+            raise LayoutError(
+                f"rates {rates}, expected {self.codebooks} whole numbers from 1 to {MOST}, one a codebook"
+            )
         object.__setattr__(self, "rates", rates)
 
     def order(self, frames: int) -> np.ndarray:
@@ -229,7 +237,11 @@ class MultiRate(Layout):
 
     def __post_init__(self) -> None:
         slots = tuple(self.slots)
-        if not slots or not all(_natural(s) for s in slots) or set(slots) != set(range(max(slots) + 1)):
+        if (
+            not slots
+            or not all(_natural(s) and s < len(slots) for s in slots)
+            or set(slots) != set(range(max(slots) + 1))
+        ):
             raise LayoutError(f"slots {slots}, expected the level of each position, with no level left out")
         object.__setattr__(self, "slots", slots)
         object.__setattr__(self, "rates", tuple(slots.count(q) for q in range(max(slots) + 1)))
@@ -264,8 +276,8 @@ class Delayed(Layout):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "delays", tuple(self.delays))
-        if not all(_natural(d) for d in self.delays):
-            raise LayoutError(f"delays {self.delays}, expected whole steps from 0 up, one a codebook")
+        if not all(_natural(d) and d <= MOST for d in self.delays):
+            raise LayoutError(f"delays {self.delays}, expected whole steps from 0 to {MOST}, one a codebook")
         object.__setattr__(self, "rates", (1,) * _codebooks(len(self.delays)))
 
     @property

@@ -224,6 +224,7 @@ class MultimodalTokenizer:
         Raises:
             SequenceError: the ids break the grammar; position, got and expected are named.
         """
+        ids = self.grammar.checked(ids)
         return Document(tuple(x for span in self.grammar.spans(ids) if (x := self.decode_span(ids, span)) is not None))
 
     def recover(self, ids: Any, policy: Policy) -> tuple[Document, Recovery]:

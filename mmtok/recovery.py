@@ -7,6 +7,7 @@ return a valid sequence and an account of each change; a valid sequence comes ba
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,9 +26,9 @@ class Edit:
     """One change.
 
     Attributes:
-        action: ``removed``, ``inserted`` or ``replaced``.
+        action: ``removed``, ``inserted``, ``replaced`` or ``moved`` (a code that stays, behind ones it stood before).
         position: in the original ids; of an insertion, the id that it stands before.
-        count: ids removed, inserted or replaced.
+        count: how many ids.
         what: what and why, in words.
     """
 
@@ -203,16 +204,43 @@ class _Recoverer:
         frames = len(queues[0]) // layout.rates[0]
         if not frames:
             return None
+        order = dataclasses.replace(layout, fill=-1) if isinstance(layout, Delayed) else layout
+        source = order.flatten(np.stack(queues) if set(layout.rates) == {1} else queues)  # -1 for a fill
+        held = np.flatnonzero(source >= 0)
+        kept = source[held]
+        # Where frames are lost from a delayed sound, what its levels lag behind by closes up: codes pass each other.
+        behind = kept < np.maximum.accumulate(kept)
+        for place in kept[behind]:
+            self._edit(
+                "moved", int(place), 1, f"{self._name(int(place))}, behind codes of later frames, as {layout} says"
+            )
         fills = body[self.ids[body] == layout.fill] if layout.fill is not None else body[:0]
-        lost = np.setdiff1d(body, np.concatenate([*queues, fills]))
-        self._removed(lost, f"not in a whole frame of {b.tokenizer}")
-        codes = [self.ids[queue] for queue in queues]
-        stream = layout.flatten(np.stack(codes) if set(layout.rates) == {1} else codes)
-        more = len(stream) - sum(map(len, queues)) - len(fills)
-        if more:
-            action, where = ("inserted", at + 1) if more > 0 else ("removed", int(fills[0]))
-            self._edit(action, where, abs(more), f"fills, so that the layout {layout} holds")
-        return stream
+        self._removed(np.setdiff1d(body, np.concatenate([kept, fills])), f"not in a whole frame of {b.tokenizer}")
+        self._fills(np.cumsum(source < 0), held[~behind], kept[~behind], fills, int(body[-1]) + 1, layout)
+        return np.where(source < 0, -1 if layout.fill is None else layout.fill, self.ids[source])
+
+    def _fills(
+        self, count: np.ndarray, held: np.ndarray, kept: np.ndarray, fills: np.ndarray, end: int, layout: Layout
+    ) -> None:
+        """The edits of the fills between each two codes that stay, where there are more or fewer than belong.
+
+        Args:
+            count: fills in the new stream up to each of its places.
+            held, kept: where the codes that stay are in the new stream, and where in the ids.
+            fills: where the ids have fills.
+            end: one past the last id of the stream.
+            layout: of the sound.
+        """
+        due = np.diff(np.concatenate([[0], count[held], count[-1:]]))
+        gap = np.searchsorted(kept, fills)
+        have = np.bincount(gap, minlength=len(due))
+        why = f"fills, so that the layout {layout} holds"
+        for g in np.flatnonzero(have != due):
+            if have[g] > due[g]:
+                first = int(np.searchsorted(gap, g))
+                self._removed(fills[first + due[g] : first + have[g]], why)
+            else:
+                self._edit("inserted", int(kept[g]) if g < len(kept) else end, int(due[g] - have[g]), why)
 
     # --- the account
 
@@ -246,7 +274,14 @@ def _whole_frames(levels: np.ndarray, layout: Layout) -> list[np.ndarray]:
     codebook-major sound nothing tells where a level lost a code: all levels are cut to the shortest.
     """
     if isinstance(layout, CodebookMajor):
-        queues = [np.flatnonzero(levels == q) for q in range(len(layout.rates))]
+        queues: list[np.ndarray] = []
+        at = 0
+        for q in range(len(layout.rates)):
+            level: list[int] = []
+            while at < len(levels) and (levels[at] == q or (at + 1 < len(levels) and levels[at + 1] == q)):
+                level += [at] * int(levels[at] == q)  # what stands alone among codes of this level is passed over
+                at += 1
+            queues.append(np.array(level, np.int64))
         frames = min(len(queue) // rate for queue, rate in zip(queues, layout.rates, strict=True))
         return [queue[: frames * rate] for queue, rate in zip(queues, layout.rates, strict=True)]
     slots = np.array(layout.slot_levels)

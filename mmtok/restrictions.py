@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtok.blocks import is_int
 from mmtok.errors import ConfigError, VocabularyError
 from mmtok.registry import MODALITIES, TokenizerSpec
 from mmtok.states import EOS, FAR, FRAMES, SIZE, TURN, Bracketed, States
@@ -52,7 +53,7 @@ class Restriction:
             raise ConfigError(f"modalities {self.modalities!r}, expected a tuple of {', '.join(MODALITIES)}")
         if isinstance(self.next, str):
             raise ConfigError(f"next {self.next!r}, expected a tuple of modalities or tokenizers")
-        if self.grid is not None and (len(self.grid) != 2 or min(self.grid) < 1):
+        if self.grid is not None and (len(self.grid) != 2 or not all(is_int(n) and n >= 1 for n in self.grid)):
             raise ConfigError(f"grid {self.grid!r}, expected (height, width) in codes, each from 1 up")
         for unit, least, most in (
             ("frames", self.min_frames, self.max_frames),
@@ -97,7 +98,7 @@ class Restrictions(NamedTuple):
     def select(self, index: Tensor) -> Restrictions:
         """The restrictions of these rows, int64 [B]."""
         gates, reserve, bounds, smallest = (x[index] for x in (self.gates, self.reserve, self.bounds, self.smallest))
-        return Restrictions(self.row[: len(index)], gates, reserve, self.last, bounds, smallest)
+        return Restrictions(torch.arange(len(gates), device=gates.device), gates, reserve, self.last, bounds, smallest)
 
 
 def compile_restrictions(
@@ -141,7 +142,7 @@ def compile_restrictions(
             spec = registry.tokenizer(b.tokenizer)
             reachable = "audio" in r.modalities or spec in wanted
             bounds[i, :, b.bound] = (r if reachable else replace(r, min_seconds=0.0, max_seconds=None)).frames(spec)
-        height, width = r.grid or (1, 1)
+        height, width = (1, 1) if r.grid is None else r.grid
         by_name = {b.tokenizer: b for _, b in brackets}
         costs = [_least(by_name.get(s.name), height * width, bounds[i, 0]) for s in wanted]
         starts = {name: kind for kind, name in states.texts.items()} | {b.tokenizer: kind for kind, b in brackets}

@@ -291,3 +291,13 @@ def test_only_allowed_ids_are_chosen_whatever_the_scores(values, data, temperatu
     row = torch.zeros(1, dtype=torch.int64)
     (chosen,) = Sampler(sampling)(torch.tensor([values]), mask, row, torch.tensor([u])).tolist()
     assert mask[0, chosen]
+
+
+def test_requests_are_checked_before_anything_is_computed():
+    for arguments in ({"max_new_tokens": 20.0}, {"sample": -1}, {"targets": "text"}):
+        with pytest.raises(ConfigError, match="expected"):
+            Request(prompt("text"), **arguments)
+    with pytest.raises(ConfigError, match="positions"):
+        generate(MODEL, GRAMMAR, [Request(prompt("text"), max_new_tokens=10**12)])
+    with pytest.raises(ConfigError, match="grid"):
+        generate(MODEL, GRAMMAR, [Request(prompt("text"), ("image",), 40, grid=(1.5, 2))])

@@ -576,3 +576,14 @@ def test_a_gpu_gives_the_same_masks_without_a_sync(small: Grammar) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(a, b.cpu()) for a, b in zip(masks, there, strict=True))
     assert host.done.all()
+
+
+def test_rows_of_restrictions_may_be_repeated(small: Grammar) -> None:
+    both = small.restrict([Restriction(modalities=("text",)), Restriction(modalities=("image",))])
+    state = small.resume([[1]] * 3)
+    expected = small.mask(state, None, [Restriction(modalities=(m,)) for m in ("text", "image", "image")])
+    assert torch.equal(small.mask(state, None, both.select(torch.tensor([0, 1, 1]))), expected)
+    with pytest.raises(ConfigError, match="grid"):
+        Restriction(grid=(1.5, 2))
+    with pytest.raises(VocabularyError, match="single number"):
+        small.loss_mask(5)

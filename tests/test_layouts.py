@@ -200,3 +200,20 @@ def test_impossible_layouts_are_refused() -> None:
     ):
         with pytest.raises(LayoutError):
             make()
+
+
+def test_levels_that_do_not_belong_together_are_refused() -> None:
+    layout = MultiRate((0, 1, 1))
+    for codes in (
+        [np.array([1], np.int8), np.array([300, 400])],
+        [np.zeros((2, 3), int), np.zeros((1, 6), int)],
+        [np.array(1), np.array([1, 2])],
+        [[1], [2, 3]],
+    ):
+        with pytest.raises(LayoutError, match="expected"):
+            layout.flatten(codes)
+    with pytest.raises(LayoutError, match="fill"):
+        Delayed((0, 1)).flatten(np.full((2, 3), 2**64 - 1, np.uint64))
+    for name in ("multi-rate:0,1000000000", "delayed:0,1000000", "codebook-major:1,100000000000000000000000000"):
+        with pytest.raises(LayoutError):
+            parse(name, 2)

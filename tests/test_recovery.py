@@ -15,6 +15,7 @@ from mmtok.recovery import Edit, Recovery, recover
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
 
 POLICIES = ("repair", "drop")
+ACTIONS = ("removed", "inserted", "replaced", "moved")
 quick = settings(deadline=None, derandomize=True, max_examples=150)
 
 
@@ -43,22 +44,38 @@ def is_subsequence(part: np.ndarray, whole: np.ndarray) -> bool:
     return all(x in rest for x in part.tolist())
 
 
+def replayed(ids: np.ndarray, edits: tuple[Edit, ...], result: np.ndarray) -> bool:
+    """Whether the edits, made where they say, give the result; what they insert or replace may be anything."""
+    made: list[int | None] = []
+    at = {a: {i for e in edits if e.action == a for i in range(e.position, e.position + e.count)} for a in ACTIONS}
+    for i in range(len(ids) + 1):
+        made += [None] * sum(e.count for e in edits if e.action == "inserted" and e.position == i)
+        if i < len(ids) and i not in at["removed"] | at["moved"]:
+            made.append(None if i in at["replaced"] else int(ids[i]))
+    if len(made) + len(at["moved"]) != len(result):
+        return False
+    if at["moved"]:  # the edit does not say where to
+        return is_subsequence(np.array([x for x in made if x is not None]), result)
+    return all(a in (None, b) for a, b in zip(made, result.tolist(), strict=True))
+
+
 def check(grammar: Grammar, ids: np.ndarray, policy: str) -> Recovery:
     """What holds of every recovery."""
     out = recover(grammar, ids, policy)
     spans = grammar.spans(out.ids)
     assert out.ids.dtype == np.int64
-    counts = {a: sum(e.count for e in out.edits if e.action == a) for a in ("removed", "inserted", "replaced")}
+    counts = {a: sum(e.count for e in out.edits if e.action == a) for a in ACTIONS}
     assert len(out.ids) == len(ids) + counts["inserted"] - counts["removed"]
     assert sum(counts.values()) == sum(e.count for e in out.edits)
     assert [e.position for e in out.edits] == sorted(e.position for e in out.edits)
     assert all(e.count > 0 and 0 <= e.position <= len(ids) and e.what for e in out.edits)
+    assert replayed(ids, out.edits, out.ids)
     for block in grammar.registry.blocks:  # no code is invented, and the order stays
         if block.modality not in ("control", "grid"):
             mine, theirs = (x[(x >= block.start) & (x < block.end)] for x in (out.ids, ids))
             assert is_subsequence(mine, theirs)
     if policy == "drop":
-        assert not counts["replaced"]
+        assert not counts["replaced"] + counts["moved"]
         text = ids.tolist()
         for span in spans:
             if span.kind in ("image", "audio"):
@@ -213,3 +230,30 @@ def test_the_ends_of_a_document_and_what_the_messages_say() -> None:
     for junk in ([[1, 2]], ["a"], 3.0, None):
         with pytest.raises(VocabularyError):
             recover(grammar, junk, "repair")
+
+
+def test_a_sound_is_never_put_in_another_order_unsaid() -> None:
+    specs = [
+        TokenizerSpec("major", "audio", (9, 9), "m", layout="codebook-major"),
+        TokenizerSpec("late", "audio", (9, 9), "l", layout="delayed:1,1"),
+        TokenizerSpec("delayed", "audio", (9, 9), "d", layout="delayed:0,1"),
+    ]
+    r = VocabularyRegistry.create(specs)
+    grammar = Grammar(r)
+    a, b = (block.start for block in r.blocks_of("major"))
+    two = [a + 1, a + 2, b + 1, b + 2, a + 3, a + 4, b + 3, b + 4]  # two sounds, between which the brackets are lost
+    ids = np.array([r.bos, r.opening("major"), *two, r.closing("major"), r.eos])
+    out = check(grammar, ids, "repair")
+    assert out.ids.tolist() == [r.bos, r.opening("major"), *two[:4], r.closing("major"), r.eos]
+    assert [(e.position, e.count) for e in out.edits] == [(6, 4)]
+    for name in ("late", "delayed"):
+        c, d = (block.start for block in r.blocks_of(name))
+        f = r.fill(name)
+        for body in (
+            [c, d, f, f],
+            [c, f, f, d, f, f],
+            [c, f, c + 1, d, f, d + 1, c + 1, f, c + 2, d, f, d],
+            [f, f, c, d],
+        ):
+            ids = np.array([r.bos, r.opening(name), *body, r.closing(name), r.eos])
+            assert check(grammar, ids, "repair").edits or len(grammar.spans(ids)) == 3

@@ -449,3 +449,12 @@ def test_long_arrays_are_split_and_merged_as_short_ones(monkeypatch: pytest.Monk
                 i[[at, -1]], c[[at, -1]] = index_wrong, code_wrong
                 with pytest.raises(VocabularyError, match=f"position {at}: "):
                     r.merge(i, c)
+
+
+def test_what_would_break_elsewhere_is_refused_at_once() -> None:
+    for properties in ({"hop": 0}, {"sample_rate": "x"}, {"hop": None}, {"sample_rate": 10**400}, {"downsample": True}):
+        with pytest.raises(VocabularyError, match="expected a number above 0"):
+            TokenizerSpec("a", "audio", (4,), "a", properties=properties)
+    with pytest.raises(VocabularyError, match="rename"):
+        VocabularyRegistry.create([spec("vq", "image", 4), spec("image", "image", 4)])
+    assert VocabularyRegistry.create([spec("image", "image", 4)]).tokenizer("image").name == "image"

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtok.blocks import is_int
 from mmtok.errors import ConfigError, SequenceError
 from mmtok.grammar import Grammar, GrammarState, Restriction, Restrictions
 from mmtok.transformer.cache import KVCache
@@ -50,6 +51,13 @@ class Request:
     grid: tuple[int, int] | None = None
     max_frames: int | None = None
     sample: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            raise ConfigError(f"targets {self.targets!r}, expected a tuple of modalities or tokenizers")
+        for name, value in (("max_new_tokens", self.max_new_tokens), ("sample", self.sample)):
+            if not is_int(value) or value < 0:
+                raise ConfigError(f"{name} is {value!r}, expected a whole number from 0 up")
 
 
 @dataclass(frozen=True)
@@ -215,6 +223,9 @@ class _Run:
     ) -> None:
         self.decoder, self.grammar, self.sampler = decoder, grammar, sampler
         registry = grammar.registry
+        # Finished rows are parked at slot 0, so no row needs more than its own prompt and answer.
+        self.capacity = max(len(r.prompt) + r.max_new_tokens for r in requests)
+        self.cache: KVCache = decoder.new_cache(len(requests), self.capacity)
         self.rows = _start(grammar, requests, seed, decoder.device)
         openings = [registry.opening(t.name) for t in registry.tokenizers if t.modality != "text"]
         leave = torch.zeros(registry.padded_size, dtype=torch.bool)
@@ -224,9 +235,6 @@ class _Run:
         self.pending = [np.asarray(r.prompt).tolist() for r in requests]  # ids that the model has not seen
         self.answers: list[list[int]] = [[] for _ in requests]
         self.control = registry.blocks[0].end
-        # Finished rows are parked at slot 0, so no row needs more than its own prompt and answer.
-        self.capacity = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        self.cache: KVCache = decoder.new_cache(len(requests), self.capacity)
         self.prompt_tokens = sum(len(p) for p in self.pending)
         self.prefilled = 0.0
         self.runs = self.bytes = self.flops = 0
