@@ -149,6 +149,11 @@ def brackets(spec: TokenizerSpec, all_specs: Sequence[TokenizerSpec]) -> tuple[s
     return f"<{name}>", f"</{name}>", *fill
 
 
+def control_ids(blocks: Sequence[Block]) -> dict[str, int]:
+    """The id of every control token, by its name, in order of the ids."""
+    return {name: b.start + i for b in blocks for i, name in enumerate(b.names)}
+
+
 def lay_out(
     blocks: tuple[Block, ...],
     all_specs: tuple[TokenizerSpec, ...],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
-from mmtok.blocks import Block, TokenizerSpec, brackets, lineage
+from mmtok.blocks import Block, TokenizerSpec, brackets, control_ids, lineage
 
 
 def counterpart(spec: TokenizerSpec, tokenizers: Sequence[TokenizerSpec]) -> TokenizerSpec | None:
@@ -42,7 +42,7 @@ def correspondence(
         after: blocks of the other, with its ``tokenizers_after``.
     """
     table = np.full(before[-1].start + before[-1].capacity, -1, np.int64)
-    literals, old_literals = (dict(_literals(blocks)) for blocks in (after, before))
+    literals, old_literals = (control_ids(blocks) for blocks in (after, before))
     for name, id in old_literals.items():
         table[id] = literals.get(name, -1)
     targets = {t.name: counterpart(t, tokenizers_after) for t in tokenizers_before}
@@ -128,16 +128,11 @@ def _short(value: Any) -> str:
     return "none" if value is None else value[:12] if isinstance(value, str) else str(value)
 
 
-def _literals(blocks: Sequence[Block]) -> Iterator[tuple[str, int]]:
-    """The name and id of every control token."""
-    return ((name, b.start + i) for b in blocks for i, name in enumerate(b.names))
-
-
 def _controls(blocks: Sequence[Block], specs: Sequence[TokenizerSpec]) -> dict[Hashable, tuple[str, int]]:
     """What a control token is for -> its name and id. Its name depends on which tokenizer is the default."""
     own = [t for t in specs if t.modality != "text"]
     use = {literal: (t.name, place) for t in own for place, literal in enumerate(brackets(t, specs))}
-    return {use.get(name, name): (name, id) for name, id in _literals(blocks)}
+    return {use.get(name, name): (name, id) for name, id in control_ids(blocks).items()}
 
 
 def _control_changes(old: dict[Hashable, tuple[str, int]], new: dict[Hashable, tuple[str, int]]) -> list[str]:

@@ -199,7 +199,7 @@ def _tokenizer_json(registry: VocabularyRegistry, text: ByteLevelBPE, names: Seq
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     value = {
         **spec,
-        "added_tokens": [{"id": id, "content": name, **flags} for name, id in _control(registry).items()],
+        "added_tokens": [{"id": id, "content": name, **flags} for name, id in registry.controls.items()],
         "post_processor": None,  # nothing is put around a text: <bos> and <eos> belong to a document
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
         "model": {**model, "ignore_merges": False, "vocab": {name: id for id, name in enumerate(names)}},
@@ -209,7 +209,7 @@ def _tokenizer_json(registry: VocabularyRegistry, text: ByteLevelBPE, names: Seq
 
 def _config_json(registry: VocabularyRegistry) -> str:
     roles = {"pad_token": registry.pad, "bos_token": registry.bos, "eos_token": registry.eos}
-    names = {id: name for name, id in _control(registry).items()}
+    names = {id: name for name, id in registry.controls.items()}
     value = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # the name that both 4.57 and 5 know
         "split_special_tokens": True,
@@ -220,10 +220,6 @@ def _config_json(registry: VocabularyRegistry) -> str:
         KEY: {"fingerprint": registry.fingerprint, "registry": json.loads(registry.to_json())},
     }
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
-
-
-def _control(registry: VocabularyRegistry) -> dict[str, int]:
-    return {name: b.start + i for b in registry.blocks for i, name in enumerate(b.names)}
 
 
 def _write(folder: Path, contents: Mapping[str, str]) -> None:
@@ -268,5 +264,5 @@ def _probe(registry: VocabularyRegistry, text: ByteLevelBPE, names: Sequence[str
     """Texts to compare: all that the text tokenizer knows, every control token and the ends of every block by name."""
     known = text.decode(list(np.arange(text.codebook_sizes[0])[:, None]))
     ends = [id for b in registry.blocks if b.modality != "text" for id in (b.start, b.end - 1)]
-    literals = [*_control(registry), *(names[id] for id in ends), "<|unused:0|>", "<|endoftext|>"]
+    literals = [*registry.controls, *(names[id] for id in ends), "<|unused:0|>", "<|endoftext|>"]
     return ["", "".join(known), " ".join(known), *literals, "".join(literals), *(f" a{x}b\n{x}" for x in literals)]

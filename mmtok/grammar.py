@@ -114,7 +114,7 @@ class Grammar(Automaton):
         return array
 
     def classes(self, ids: np.ndarray) -> np.ndarray:
-        """The class of each id; ids out of range have that of no id."""
+        """int64 [n]: the class (see ``states``) of each id, integers [n]; ids out of range have that of no id."""
         last = len(self.states.classes) - 1
         return self.states.classes[np.where((ids < 0) | (ids >= last), last, ids).astype(np.int64)]
 
@@ -148,7 +148,13 @@ class Grammar(Automaton):
         return spans, (BODY, 0, 0)
 
     def read_segment(self, ids: np.ndarray, classes: np.ndarray, at: int) -> Span | None:
-        """The image or sound that opens at ``at``; None if something is wrong with it, or the ids end within it."""
+        """The image or sound that opens at ``at``; None if something is wrong with it, or the ids end within it.
+
+        Args:
+            ids: integers [n].
+            classes: int64 [n], ``classes(ids)``.
+            at: position of an opening.
+        """
         b = self.states.brackets[int(classes[at])]
         return self._read_image(ids, classes, at, b) if b.layout is None else self._read_audio(ids, classes, at, b)
 
@@ -178,7 +184,14 @@ class Grammar(Automaton):
         return Span("audio", at, end + 1, b.tokenizer, (len(b.codes), frames))
 
     def walk_segment(self, ids: np.ndarray, classes: np.ndarray, at: int) -> tuple[int, int, int]:
-        """The state at the end of a segment that opens at ``at`` and is cut short; raises where it is wrong."""
+        """The (phase, counter, total) at the end of a segment that opens at ``at`` and is cut short.
+
+        Args:
+            ids, classes, at: as for ``read_segment``.
+
+        Raises:
+            SequenceError: the first id that cannot follow.
+        """
         state = (BODY, 0, 0)
         for i in range(at, len(ids)):
             after = self.states.step(*state, int(classes[i]))

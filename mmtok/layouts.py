@@ -12,6 +12,7 @@ dropped tail. ``parse`` reads the short name that ``str`` gives: ``interleaved``
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from mmtok.errors import LayoutError
 MOST = 4096  # steps of a delay, codes of a level in a frame: no codec comes near, and a hostile file must not hang
 
 
-class Layout:
+class Layout(ABC):
     """What all layouts share.
 
     Codes are an array [..., K, T], K codebooks by T frames; where a frame holds several codes of a level, a sequence of
@@ -60,9 +61,9 @@ class Layout:
         """
         return self._whole(length)
 
+    @abstractmethod
     def order(self, frames: int) -> np.ndarray:
         """int64 [length]: which code each position holds, counted level by level; -1 for a fill."""
-        raise NotImplementedError
 
     def levels(self, frames: int) -> np.ndarray:
         """int64 [length]: the codebook level of each position, -1 for a fill."""

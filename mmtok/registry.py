@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from mmtok.arrays import integers, like
-from mmtok.blocks import CONTROL, MAX_IDS, brackets, check_blocks, is_int, lay_out, lineage
+from mmtok.blocks import CONTROL, MAX_IDS, brackets, check_blocks, control_ids, is_int, lay_out, lineage
 from mmtok.blocks import MODALITIES as MODALITIES
 from mmtok.blocks import Block as Block
 from mmtok.blocks import TokenizerSpec as TokenizerSpec
@@ -149,27 +149,27 @@ class VocabularyRegistry:
     @property
     def pad(self) -> int:
         """Id of ``<pad>``."""
-        return self._control["<pad>"]
+        return self.controls["<pad>"]
 
     @property
     def bos(self) -> int:
         """Id of ``<bos>``."""
-        return self._control["<bos>"]
+        return self.controls["<bos>"]
 
     @property
     def eos(self) -> int:
         """Id of ``<eos>``."""
-        return self._control["<eos>"]
+        return self.controls["<eos>"]
 
     @property
     def user(self) -> int:
         """Id of ``<user>``."""
-        return self._control["<user>"]
+        return self.controls["<user>"]
 
     @property
     def assistant(self) -> int:
         """Id of ``<assistant>``."""
-        return self._control["<assistant>"]
+        return self.controls["<assistant>"]
 
     def control(self, name: str) -> int:
         """Id of a control token such as ``<image>``.
@@ -177,7 +177,7 @@ class VocabularyRegistry:
         Raises:
             VocabularyError: no such control token.
         """
-        return self._lookup(self._control, name, "control token")
+        return self._lookup(self.controls, name, "control token")
 
     def block(self, name: str) -> Block:
         """The block of this name.
@@ -407,8 +407,9 @@ class VocabularyRegistry:
     # --- tables
 
     @functools.cached_property
-    def _control(self) -> dict[str, int]:
-        return {name: b.start + i for b in self.blocks for i, name in enumerate(b.names)}
+    def controls(self) -> dict[str, int]:
+        """The id of every control token, by its name, in order of the ids."""
+        return control_ids(self.blocks)
 
     @functools.cached_property
     def _named(self) -> dict[str, TokenizerSpec]:

@@ -129,7 +129,7 @@ def compile_restrictions(
         if r is None:
             gates[i] = True
             continue
-        if r.grid:
+        if r.grid is not None:
             if max(r.grid) > registry.max_grid:
                 raise VocabularyError(
                     f"image grid {r.grid[0]}x{r.grid[1]}, expected at most {registry.max_grid}: make the image "
