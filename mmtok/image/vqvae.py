@@ -1,4 +1,4 @@
-"""A convolutional VQ-VAE for images of any size that is a multiple of the downsample factor.
+"""A convolutional VQ-VAE for images of any size, RGB or RGBA.
 
 VQ-VAE (https://arxiv.org/abs/1711.00937) with the residual blocks of VQGAN (https://arxiv.org/abs/2012.09841), but no
 layer looks at more than its kernel: normalisation is over channels, so that a code depends on its neighbourhood alone.
@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmtok.codec import CodecModel, exact
+from mmtok.codec import CodecModel
 from mmtok.config import Config
-from mmtok.errors import ConfigError, MediaError, VocabularyError
+from mmtok.errors import ConfigError
+from mmtok.image.tokenizer import ImageTokenizer
 from mmtok.quantizers import Quantizer
 
 
@@ -27,7 +28,8 @@ class ImageVQVAEConfig(Config):
         downsample: pixels a token spans on each side; a power of two, at least ``patch``.
         patch: pixels folded into channels before the first layer; a power of two.
         channels: width of the first stage; doubled once at the first downsampling.
-        blocks: residual blocks a stage.
+        encoder_blocks, decoder_blocks: residual blocks a stage.
+        alpha: pictures have an alpha channel, which is kept.
         codebook_size: number of codes.
         codebook_dim: channels in which codes are searched.
     """
@@ -35,7 +37,9 @@ class ImageVQVAEConfig(Config):
     downsample: int = 8
     patch: int = 4
     channels: int = 96
-    blocks: int = 2
+    encoder_blocks: int = 2
+    decoder_blocks: int = 2
+    alpha: bool = False
     codebook_size: int = 1024
     codebook_dim: int = 8
 
@@ -80,26 +84,26 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h)))
 
 
-class ImageVQVAE(CodecModel):
-    """Image tokenizer: uint8 [B, 3, H, W] <-> int64 [B, H / downsample, W / downsample]."""
+class ImageVQVAE(ImageTokenizer, CodecModel):
+    """Image tokenizer: uint8 [B, 3, H, W] <-> int64 [B, ceil(H / downsample), ceil(W / downsample)]."""
 
     kind: ClassVar[str] = "image-vqvae"
-    modality: ClassVar[str] = "image"
     config_class: ClassVar[type[Config]] = ImageVQVAEConfig
 
     def __init__(self, config: ImageVQVAEConfig, vectors_per_batch: int = 4096) -> None:
         super().__init__(config)
+        self.channels = 4 if config.alpha else 3
         stages = (config.downsample // config.patch).bit_length()  # the first at `patch`, one more each halving
         widths = [config.channels * (2 if i else 1) for i in range(stages)]
-        folded = 3 * config.patch**2
+        folded = self.channels * config.patch**2
         down: list[nn.Module] = [nn.PixelUnshuffle(config.patch), nn.Conv2d(folded, widths[0], 3, padding=1)]
         up: list[nn.Module] = []
         for i, width in enumerate(widths):
             if i:
                 down.append(nn.Conv2d(widths[i - 1], width, 2, stride=2))
-            down += [ResidualBlock(width) for _ in range(config.blocks)]
+            down += [ResidualBlock(width) for _ in range(config.encoder_blocks)]
         for i, width in reversed(list(enumerate(widths))):
-            up += [ResidualBlock(width) for _ in range(config.blocks)]
+            up += [ResidualBlock(width) for _ in range(config.decoder_blocks)]
             if i:
                 up += [nn.Conv2d(width, 4 * widths[i - 1], 1), nn.PixelShuffle(2)]
         dim = widths[-1]
@@ -109,64 +113,53 @@ class ImageVQVAE(CodecModel):
             nn.Conv2d(dim, dim, 3, padding=1), *up, ChannelNorm(widths[0]), nn.SiLU(),
             nn.Conv2d(widths[0], folded, 3, padding=1), nn.PixelShuffle(config.patch),
         )  # fmt: skip
+        # How far the 3x3 kernels see: a position a convolution, as wide as a position is there.
+        sides = [config.patch * 2**i for i in range(stages)]
+        encoder = config.patch + sum(2 * config.encoder_blocks * side for side in sides)
+        decoder = config.downsample + config.patch + sum(2 * config.decoder_blocks * side for side in sides)
+        self.halo = -(-encoder // config.downsample) * config.downsample
+        self.decode_halo = -(-decoder // config.downsample)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass: float [B, 3, H, W] in -1..1 -> (reconstruction, codes [B, h, w], commitment loss)."""
+        """Training pass: float [B, channels, H, W] in -1..1 -> (reconstruction, codes [B, h, w], commitment loss).
+
+        H and W are multiples of ``downsample``; RGBA is premultiplied, see ``premultiply``.
+        """
         z = self.encoder(pixels)
         b, d, h, w = z.shape
         q, codes, loss = self.quantizer(z.permute(0, 2, 3, 1).reshape(b, h * w, d))
         return self.decoder(q.reshape(b, h, w, d).permute(0, 3, 1, 2)), codes.reshape(b, h, w), loss
 
     @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """Codes in each codebook: one for images."""
-        return (self.config.codebook_size,)
+    def downsample(self) -> int:
+        """Pixels that a code spans on each side."""
+        return self.config.downsample
 
     @property
-    def properties(self) -> dict[str, int]:
-        """What the registry keeps of this tokenizer: ``downsample``, in pixels."""
-        return {"downsample": self.config.downsample}
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Codes in each codebook."""
+        return (self.config.codebook_size,)
 
-    @exact
-    def encode(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W], H and W multiples of ``downsample`` -> codes int64 [B, h, w].
+    def to_codes(self, pixels: Tensor) -> Tensor:
+        """float32 [1, channels, H, W] in -1..1 -> int64 [1, h, w, levels]."""
+        x = premultiply(pixels) if self.config.alpha else pixels
+        z = self.encoder(x.to(self.quantizer.project_in.weight.dtype)).permute(0, 2, 3, 1)
+        return self.quantizer.encode(z.flatten(1, 2)).unflatten(1, z.shape[1:3])
 
-        Images are encoded one by one, so that a row does not depend on the batch that it came in.
+    def to_pixels(self, codes: Tensor) -> Tensor:
+        """int64 [1, h, w, levels] -> float32 [1, channels, H, W] about in -1..1."""
+        z = self.quantizer.decode(codes.flatten(1, 2)).unflatten(1, codes.shape[1:3])
+        y = self.decoder(z.permute(0, 3, 1, 2)).float()
+        return straighten(y) if self.config.alpha else y
 
-        Raises:
-            MediaError: wrong dtype or shape.
-        """
-        f = self.config.downsample
-        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise MediaError(f"got {pixels.dtype} {list(pixels.shape)}, expected uint8 [B, 3, H, W]")
-        b, _, height, width = pixels.shape
-        if not height or not width or height % f or width % f:
-            raise MediaError(
-                f"got an image of {height}x{width}, expected multiples of {f} pixels: resize or pad it first"
-            )
-        rows = []
-        for i in range(b):
-            z = self.encoder(pixels[i : i + 1].to(self.quantizer.project_in.weight.dtype) / 127.5 - 1)
-            rows.append(self.quantizer.encode(z.permute(0, 2, 3, 1).flatten(1, 2)))
-        empty = torch.zeros(0, height // f * (width // f), 1, dtype=torch.int64)
-        return torch.cat(rows or [empty]).reshape(b, height // f, width // f)
 
-    @exact
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes int64 [B, h, w] -> uint8 [B, 3, h * downsample, w * downsample].
+def premultiply(x: Tensor) -> Tensor:
+    """RGBA [B, 4, H, W] in -1..1 with colours times opacity, so that the colour of what cannot be seen is black."""
+    colour, alpha = (x[:, :3] + 1) / 2, (x[:, 3:] + 1) / 2
+    return torch.cat([colour * alpha, alpha], 1) * 2 - 1
 
-        Raises:
-            VocabularyError: wrong shape or dtype, or a code outside the codebook.
-        """
-        if codes.dtype != torch.int64 or codes.ndim != 3:
-            raise VocabularyError(f"got codes {codes.dtype} {list(codes.shape)}, expected int64 [B, h, w]")
-        b, h, w = codes.shape
-        if not h or not w:
-            raise VocabularyError(f"got codes {list(codes.shape)}, expected at least one code a side")
-        out = [
-            self.decoder(self.quantizer.decode(codes[i].reshape(1, h * w, 1)).reshape(1, h, w, -1).permute(0, 3, 1, 2))
-            for i in range(b)
-        ]
-        f = self.config.downsample
-        pixels = torch.cat(out or [torch.zeros(0, 3, h * f, w * f)])
-        return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+def straighten(x: Tensor) -> Tensor:
+    """The inverse of ``premultiply``, where there is any opacity."""
+    colour, alpha = (x[:, :3] + 1) / 2, ((x[:, 3:] + 1) / 2).clamp(0, 1)
+    return torch.cat([(colour / alpha.clamp_min(1 / 255)).clamp(0, 1), alpha], 1) * 2 - 1
