@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", default=[], metavar="key=value", help="override the model's shape")
     args = parser.parse_args()
     config = LoopConfig(steps=2600, batch_size=64, lr=1.5e-3, eval_every=500, save_every=500).replace(args.set)
-    shape = ImageVQVAEConfig(channels=64, blocks=2).replace(args.model)
+    shape = ImageVQVAEConfig(channels=64, encoder_blocks=2, decoder_blocks=2).replace(args.model)
     device = prepare_torch(config)
 
     # Data: whole pictures at 64 pixels, and larger copies for crops.

@@ -167,7 +167,9 @@ def test_bad_encode(files: dict, arguments: list, says: str, tmp_path: Path, cap
 
 def test_a_picture_is_fitted_for_the_tokenizer_that_is_used(files: dict, tmp_path: Path, capsys) -> None:
     torch.manual_seed(0)
-    ImageVQVAE(ImageVQVAEConfig(channels=8, blocks=1, codebook_size=16, downsample=4)).save(tmp_path / "fine")
+    ImageVQVAE(ImageVQVAEConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=16, downsample=4)).save(
+        tmp_path / "fine"
+    )
     run("vocab", "create", "image-64-f8", tmp_path / "fine", "-o", tmp_path / "v", capsys=capsys)
     arguments = ["encode", files["disc.png"], "--model", tmp_path / "v", "-o", tmp_path / "ids.json"]
     for use, shape in ((["--use", "image=fine"], [10, 7]), ([], [5, 3])):

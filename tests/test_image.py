@@ -14,7 +14,9 @@ from mmtok.checkpoints import tensors_to_bytes
 from mmtok.errors import CheckpointError, MediaError, VocabularyError
 from mmtok.image import ImageVQVAE, ImageVQVAEConfig
 
-CONFIG = ImageVQVAEConfig(downsample=8, patch=4, channels=8, blocks=1, codebook_size=32, codebook_dim=4)
+CONFIG = ImageVQVAEConfig(
+    downsample=8, patch=4, channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=32, codebook_dim=4
+)
 
 
 def pictures(b: int, height: int, width: int, seed: int = 0) -> torch.Tensor:

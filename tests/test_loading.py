@@ -20,7 +20,7 @@ from mmtok.text import ByteLevelBPE
 def home(tmp_path: Path) -> Path:
     """A vocabulary of a picture tokenizer that lies beside it and a bundled text tokenizer."""
     torch.manual_seed(0)
-    pictures = ImageVQVAE(ImageVQVAEConfig(channels=8, blocks=1, codebook_size=16))
+    pictures = ImageVQVAE(ImageVQVAEConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=16))
     pictures.save(tmp_path / "pictures")
     text = ByteLevelBPE.load("text-4k")
     (tmp_path / "home").mkdir()

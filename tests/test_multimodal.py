@@ -27,7 +27,7 @@ RATE = 16_000
 def parts() -> dict:
     torch.manual_seed(0)
     shape = SpectralCodecConfig(dim=16, encoder_blocks=1, decoder_blocks=1, levels=4, codebook_size=32, codebook_dim=8)
-    image = ImageVQVAE(ImageVQVAEConfig(channels=8, blocks=1, codebook_size=64)).eval()
+    image = ImageVQVAE(ImageVQVAEConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=64)).eval()
     return {
         "words": ByteLevelBPE.train(["a cow and a calf", "une vache"], 300),
         "pictures": image,
@@ -142,7 +142,9 @@ def test_save_and_load_by_name(mm: MultimodalTokenizer, parts: dict, tmp_path) -
     assert np.array_equal(again.encode(document), saved.encode(document))
 
     torch.manual_seed(1)
-    ImageVQVAE(ImageVQVAEConfig(channels=8, blocks=1, codebook_size=64)).save(tmp_path / "pictures")
+    ImageVQVAE(ImageVQVAEConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=64)).save(
+        tmp_path / "pictures"
+    )
     with pytest.raises(VocabularyMismatchError, match="pictures"):
         MultimodalTokenizer.load(home)
     (home / "vocab.json").unlink()
@@ -219,7 +221,7 @@ def test_every_control_token_of_several_codecs_is_only_text_in_text(parts: dict)
 
 def test_any_tokenizer_of_a_modality_may_be_used(parts: dict) -> None:
     torch.manual_seed(5)
-    other = ImageVQVAE(ImageVQVAEConfig(channels=8, blocks=1, codebook_size=32)).eval()
+    other = ImageVQVAE(ImageVQVAEConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=32)).eval()
     mm = MultimodalTokenizer.create({**parts, "sketches": other}, audio_levels=2)
     document = Document((Text("a cow"), Image(np.full((3, 16, 8), 90, np.uint8))))
     first, second = mm.encode(document), mm.encode(document, use={"image": "sketches"})

@@ -27,7 +27,7 @@ from mmtok.transformer import Transformer
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RATE = 8000
 SCHEDULE = ["steps=3", "batch_size=2", "warmup=1", "eval_every=3", "save_every=2"]
-IMAGE = ["channels=8", "blocks=1", "codebook_size=16", "codebook_dim=4", "downsample=16"]
+IMAGE = ["channels=8", "encoder_blocks=1", "decoder_blocks=1", "codebook_size=16", "codebook_dim=4", "downsample=16"]
 AUDIO = [
     f"sample_rate={RATE}", "hop=400", "window=512", "mels=20", "dim=8", "encoder_blocks=1", "decoder_blocks=1",
     "levels=4", "codebook_size=8", "codebook_dim=4",

@@ -28,7 +28,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ByteLevelBPE.train(["a cow and a calf"], 270).save(folder / "words" / "model")
     SpectralCodec(shape).save(folder / "sounds" / "model")
     for name in ("pictures", "drawings"):
-        ImageVQVAE(ImageVQVAEConfig(channels=8, blocks=1, codebook_size=64)).save(folder / name / "model")
+        ImageVQVAE(ImageVQVAEConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=64)).save(
+            folder / name / "model"
+        )
     return folder
 
 
@@ -175,7 +177,9 @@ def test_an_extension_brings_the_old_tokenizers_along(
     assert contents(old) == before
 
     torch.manual_seed(1)
-    ImageVQVAE(ImageVQVAEConfig(channels=8, blocks=1, codebook_size=96)).save(tmp_path / "grown")
+    ImageVQVAE(ImageVQVAEConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=96)).save(
+        tmp_path / "grown"
+    )
     grown = report("extend", old, f"pictures={tmp_path / 'grown'}", "-o", tmp_path / "c", capsys=capsys)
     assert "tokenizer pictures: 64 codes -> 96 codes" in grown["differences"]
     assert MultimodalTokenizer.load(tmp_path / "c").tokenizers["pictures"].codebook_sizes == (96,)

@@ -208,7 +208,9 @@ class ImageTokenizer(ABC):
         for level in range(codes.shape[3]):
             c = codes[..., level]
             if c.numel() and not 0 <= int(c.min()) <= int(c.max()) < sizes[level]:
-                raise VocabularyError(f"got codes from {int(c.min())} to {int(c.max())}, expected 0 to {sizes[level] - 1}")
+                raise VocabularyError(
+                    f"got codes from {int(c.min())} to {int(c.max())}, expected 0 to {sizes[level] - 1}"
+                )
         return codes
 
     def _check_sides(self, sides: Sequence[int]) -> None:
@@ -246,7 +248,13 @@ def pad_edge(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def in_tiles(
-    piece: Callable[[int, int, int, int], Tensor], h: int, w: int, into: int, out: int, tile: int | None, halo: int | None
+    piece: Callable[[int, int, int, int], Tensor],
+    h: int,
+    w: int,
+    into: int,
+    out: int,
+    tile: int | None,
+    halo: int | None,
 ) -> Tensor:
     """A map over a grid, computed tile by tile.
 
