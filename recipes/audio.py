@@ -115,7 +115,7 @@ def main() -> None:
             distance = spectral(y.float(), x)
         live = {"loss": distance.item(), "commit": commitment.item(), "levels": levels}
         live["used"] = codes[..., 0].unique().numel() / shape.codebook_size
-        return distance + 0.05 * commitment, live
+        return distance + 0.2 * commitment, live
 
     def evaluate(step: int) -> dict[str, float]:
         out: dict[str, float] = {}

@@ -23,9 +23,10 @@ from mmtok.training.loop import LoopConfig, fit, prepare_torch, rng
 from mmtok.training.ssim import ssim
 
 SIZE = 64  # pixels of a training picture
-LARGE = 160  # pixels of the copies that crops are cut from: detail at several scales
-CROPS = 0.4  # share of crops in a batch; the rest is whole pictures
-PHOTOS = 0.15  # share of photographs in a batch, of which there are few files but many crops
+# Where a training picture comes from: a window of the whole picture fitted into so many pixels, or of a photograph.
+SHARES = {64: 0.5, 80: 0.15, 160: 0.2}
+PHOTOS = 0.15  # share of photographs in a batch, of which there are few files but many windows
+TURNED, RECOLOURED = 0.25, 0.25  # share of pictures turned by quarters or with channels exchanged
 
 
 def main() -> None:
@@ -34,37 +35,37 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/image-64-f8"))
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="override the schedule")
     parser.add_argument("--model", nargs="*", default=[], metavar="key=value", help="override the model's shape")
+    parser.add_argument("--ssim", type=float, default=0.05, help="weight of 1 - SSIM beside the squared error")
     args = parser.parse_args()
-    config = LoopConfig(steps=2600, batch_size=64, lr=1.5e-3, eval_every=500, save_every=500).replace(args.set)
-    shape = ImageVQVAEConfig(channels=64, encoder_blocks=2, decoder_blocks=2).replace(args.model)
+    config = LoopConfig(steps=15000, batch_size=64, lr=1.5e-3, warmup=100, ema=0.999, eval_every=500, save_every=500).replace(args.set)
+    shape = ImageVQVAEConfig(channels=64, encoder_blocks=1, decoder_blocks=2, codebook_size=2048).replace(args.model)
     device = prepare_torch(config)
 
-    # Data: whole pictures at 64 pixels, and larger copies for crops.
     cache = args.out.parent / "cache"
     train = items(args.data, "image", "train")
-    whole, large = load_images(train, SIZE, cache), load_images(train, LARGE, cache)
     photos = [x for x in train if "wallpapers" in x.source]
-    photographs = load_images(photos, 1024, cache) if photos else None
+    sources = [(load_images(train, size, cache), share) for size, share in SHARES.items()]
+    if photos:
+        sources.append((load_images(photos, 1024, cache), PHOTOS))
+    chances = np.array([share for _, share in sources]) / sum(share for _, share in sources)
     val = torch.from_numpy(np.array(load_images(items(args.data, "image", "val"), SIZE, cache))).to(device)
 
     def batch(step: int) -> torch.Tensor:
         r = rng(config, step)
         out = np.empty((config.batch_size, 3, SIZE, SIZE), np.uint8)
-        for i in range(config.batch_size):
-            kind = r.random()
-            if photographs is not None and kind < PHOTOS:
-                out[i] = crop(photographs[r.integers(len(photographs))], r)
-            elif kind < PHOTOS + CROPS:
-                out[i] = crop(large[r.integers(len(large))], r)
-            else:
-                out[i] = whole[r.integers(len(whole))]
+        for i, kind in enumerate(r.choice(len(sources), config.batch_size, p=chances)):
+            pictures = sources[kind][0]
+            picture = pictures[r.integers(len(pictures))]
+            y, x = (r.integers(side - SIZE + 1) for side in picture.shape[1:])
+            window = picture[:, y : y + SIZE, x : x + SIZE]
             if r.random() < 0.5:
-                out[i] = out[i, :, :, ::-1]
+                window = window[:, :, ::-1]
+            if r.random() < TURNED:
+                window = np.rot90(window, r.integers(1, 4), (1, 2))
+            if r.random() < RECOLOURED:
+                window = window[r.permutation(3)]
+            out[i] = window
         return torch.from_numpy(out).to(device)
-
-    def crop(picture: np.ndarray, r: np.random.Generator) -> np.ndarray:
-        y, x = r.integers(picture.shape[1] - SIZE + 1), r.integers(picture.shape[2] - SIZE + 1)
-        return picture[:, y : y + SIZE, x : x + SIZE]
 
     model = ImageVQVAE(shape, vectors_per_batch=config.batch_size * (SIZE // shape.downsample) ** 2)
     model = model.to(device, memory_format=torch.channels_last)
@@ -76,7 +77,7 @@ def main() -> None:
         with torch.autocast(device.type, enabled=False):  # SSIM subtracts nearly equal numbers: not in bfloat16
             mse = F.mse_loss(y.float(), x)
             structure = 1 - ssim(y.float(), x, data_range=2.0).mean()
-        total = mse + 0.1 * structure + 0.25 * commitment
+        total = mse + args.ssim * structure + commitment
         psnr = 10 * torch.log10(4 / mse.detach())
         return total, {"loss": total.item(), "psnr": psnr.item(), "used": codes.unique().numel() / shape.codebook_size}
 

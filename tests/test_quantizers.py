@@ -1,4 +1,4 @@
-"""The quantizer: its own search against the library's, prefixes of levels, no hidden state, codebooks that live."""
+"""The quantizers: codes and their vectors are inverses, own search against the library's, no hidden state, live codes."""
 
 from __future__ import annotations
 
@@ -6,20 +6,32 @@ import copy
 
 import pytest
 import torch
+from vector_quantize_pytorch import LFQ
 
-from mmtok.errors import VocabularyError
-from mmtok.quantizers import DEAD_SHARE, Quantizer
+from mmtok.errors import ConfigError, VocabularyError
+from mmtok.quantizers import DEAD_SHARE, KINDS, Quantizer, VectorQuantizer, build_quantizer, entropy, k_means
 
 DIM, SIZE = 12, 32
+CASES = [*((kind, 1) for kind in KINDS), ("vq", 3)]
+
+
+def made(kind: str, levels: int = 1, steps: int = 5) -> Quantizer:
+    """A quantizer of each kind with 64 codes, after a few training passes."""
+    torch.manual_seed(0)
+    quantizer = build_quantizer(kind, DIM, 6, 64, levels, (4, 4, 4) if kind == "fsq" else (), vectors_per_batch=256)
+    quantizer.train()
+    for step in range(steps):
+        quantizer(vectors(step))
+    return quantizer
 
 
 def vectors(seed: int, b: int = 4, n: int = 64) -> torch.Tensor:
     return torch.randn(b, n, DIM, generator=torch.Generator().manual_seed(seed))
 
 
-def trained(levels: int, steps: int = 5) -> Quantizer:
+def trained(levels: int, steps: int = 5) -> VectorQuantizer:
     torch.manual_seed(0)
-    quantizer = Quantizer(DIM, 6, SIZE, levels, vectors_per_batch=256).train()
+    quantizer = VectorQuantizer(DIM, 6, SIZE, levels, vectors_per_batch=256).train()
     for step in range(steps):
         quantizer(vectors(step))
     return quantizer
@@ -31,6 +43,115 @@ def snapshot(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(("kind", "levels"), CASES)
+def test_codes_to_vectors_to_codes_is_the_identity(kind, levels):
+    quantizer = made(kind, levels).eval()
+    for level in range(levels):  # a sum of several levels may have another greedy code: each level by itself
+        codes = torch.arange(64)[None, :, None]
+        if levels > 1:
+            book = quantizer.codebooks()[level]
+            single = VectorQuantizer(DIM, 6, 64).eval()
+            single.levels[0]._codebook.embed.copy_(book[None])
+        else:
+            single = quantizer
+        assert torch.equal(single.codes_of(single.vectors(codes)), codes)
+
+
+@pytest.mark.parametrize(("kind", "levels"), CASES)
+def test_rows_alone_are_the_rows_of_a_batch(kind, levels):
+    quantizer, z = made(kind, levels).eval(), vectors(7, 32, 16)
+    codes = quantizer.encode(z)
+    assert codes.shape == (32, 16, levels)
+    assert codes.unique().numel() > 8
+    with torch.no_grad():
+        inner = quantizer.project_in(z)
+    for i in range(32):
+        assert torch.equal(quantizer.search(inner[i : i + 1], None)[0], codes[i])
+
+
+@pytest.mark.parametrize(("kind", "levels"), CASES)
+def test_the_training_pass_gives_the_same_codes_and_vectors_and_passes_gradients(kind, levels):
+    quantizer, z = made(kind, levels), vectors(8).requires_grad_()
+    codes = quantizer.encode(z)
+    out, in_training, loss = copy.deepcopy(quantizer)(z)
+    assert torch.equal(codes, in_training)
+    torch.testing.assert_close(out, quantizer.decode(codes), rtol=1e-4, atol=1e-5)
+    (out.square().sum() + loss).backward()
+    assert float(z.grad.abs().sum()) > 0
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize(("kind", "levels"), CASES)
+def test_autocast_changes_no_code(kind, levels):
+    quantizer, z = made(kind, levels).eval(), vectors(9)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert torch.equal(quantizer(z)[1], quantizer.encode(z))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_round_trip(kind):
+    quantizer = made(kind).eval()
+    other = build_quantizer(kind, DIM, 6, 64, 1, (4, 4, 4) if kind == "fsq" else ()).eval()
+    other.load_state_dict(quantizer.state_dict())
+    z = vectors(10)
+    assert torch.equal(quantizer.encode(z), other.encode(z))
+    assert torch.equal(quantizer.decode(quantizer.encode(z)), other.decode(quantizer.encode(z)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("pq", DIM, 6, 64), "got quantizer 'pq', expected one of: vq, cosine, simvq, fsq, lfq"),
+        (("fsq", DIM, 6, 64), "which needs them"),
+        (("vq", DIM, 6, 64, 1, (4, 4, 4)), "they go with 'fsq'"),
+        (("fsq", DIM, 6, 64, 1, (4, 4)), "such as codebook_size=16"),
+        (("fsq", DIM, 6, 64, 1, (2, 32)), "at least 3"),
+        (("lfq", DIM, 6, 60), "a power of two"),
+        (("simvq", DIM, 6, 64, 2), "2 residual levels of 'simvq'"),
+        (("vq", DIM, 6, 64, 0), "0 residual levels"),
+    ],
+)
+def test_numbers_that_do_not_go_together(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        build_quantizer(*arguments)
+
+
+def test_the_entropy_of_a_vector_is_that_of_the_library_which_sums_over_all_codes():
+    quantizer, z = made("lfq"), torch.nn.functional.normalize(vectors(11, 1, 50)[..., :6], dim=-1) * 0.05
+    z = torch.nn.functional.normalize(z, dim=-1)
+    library = LFQ(dim=6, codebook_size=64, spherical=True).train()
+    _, breakdown = library(z, return_loss_breakdown=True)
+    one = torch.sigmoid(4 * quantizer.sharpness / 6**0.5 * z)
+    torch.testing.assert_close(entropy(one).sum(-1).mean(), breakdown.per_sample_entropy, rtol=1e-2, atol=1e-3)
+
+
+def test_k_means_finds_separate_clusters():
+    torch.manual_seed(3)
+    centres = torch.randn(8, 6) * 20
+    points = (centres[:, None] + 0.01 * torch.randn(8, 40, 6)).flatten(0, 1)
+    found = k_means(points[torch.randperm(320)], 8, 30)
+    error = (points[:, None] - found).square().sum(-1).min(-1).values
+    start = (points[:, None] - points[torch.randperm(320)[:8]]).square().sum(-1).min(-1).values
+    assert float(error.mean()) < 0.5 * float(start.mean())
+    with pytest.raises(ConfigError, match="got 7 vectors for 8 codes"):
+        k_means(points[:7], 8)
+
+
+@pytest.mark.parametrize(("kind", "levels"), [("vq", 1), ("cosine", 1), ("vq", 3)])
+def test_initialised_codebooks_are_used_and_stay(kind, levels):
+    torch.manual_seed(0)
+    quantizer = build_quantizer(kind, DIM, 6, 64, levels, vectors_per_batch=256)
+    quantizer.initialise(vectors(0, 16, 128).flatten(0, 1))
+    before = snapshot(quantizer)
+    codes = quantizer.encode(vectors(0, 16, 128))
+    assert codes[..., 0].unique().numel() == 64
+    quantizer.eval()(vectors(1))
+    assert same(before, snapshot(quantizer))
+    quantizer.train()(vectors(1))  # no second k-means: the codebook moves by a hundredth
+    moved = (quantizer.codebooks()[0] - before["levels.0._codebook.embed"][0]).norm(dim=-1).median()
+    assert 0 < float(moved) < 0.2
 
 
 @pytest.mark.parametrize("levels", [1, 3])

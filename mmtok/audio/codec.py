@@ -20,7 +20,7 @@ from torchaudio.functional import melscale_fbanks
 from mmtok.codec import CodecModel, exact
 from mmtok.config import Config
 from mmtok.errors import ConfigError, MediaError, VocabularyError
-from mmtok.quantizers import Quantizer
+from mmtok.quantizers import VectorQuantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,14 +134,14 @@ class SpectralCodec(CodecModel):
         self.embed = nn.Conv1d(c.mels, c.dim, 7, padding=3)
         self.encoder = nn.Sequential(*(ConvNeXtBlock(c.dim, scale) for _ in range(c.encoder_blocks)))
         self.encoder_norm = nn.LayerNorm(c.dim)
-        self.quantizer = Quantizer(c.dim, c.codebook_dim, c.codebook_size, c.levels, vectors_per_batch)
+        self.quantizer = VectorQuantizer(c.dim, c.codebook_dim, c.codebook_size, c.levels, vectors_per_batch)
         self.restore = nn.Conv1d(c.dim, c.dim, 7, padding=3)
         self.decoder = nn.Sequential(*(ConvNeXtBlock(c.dim, scale) for _ in range(c.decoder_blocks)))
         self.decoder_norm = nn.LayerNorm(c.dim)
         self.head = ISTFTHead(c.dim, c.window, c.hop)
 
     def forward(self, samples: Tensor, levels: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass: float [B, T], T a multiple of hop -> (samples [B, T], codes [B, F, levels], commitment)."""
+        """Training pass: float [B, T], T a multiple of hop -> (samples [B, T], codes [B, F, levels], quantizer's loss)."""
         q, codes, loss = self.quantizer(self._analyse(samples), levels)
         return self._synthesise(q), codes, loss
 

@@ -17,7 +17,7 @@ from mmtok.codec import CodecModel
 from mmtok.config import Config
 from mmtok.errors import ConfigError
 from mmtok.image.tokenizer import ImageTokenizer
-from mmtok.quantizers import Quantizer
+from mmtok.quantizers import build_quantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +30,11 @@ class ImageVQVAEConfig(Config):
         channels: width of the first stage; doubled once at the first downsampling.
         encoder_blocks, decoder_blocks: residual blocks a stage.
         alpha: pictures have an alpha channel, which is kept.
-        codebook_size: number of codes.
-        codebook_dim: channels in which codes are searched.
+        quantizer: ``vq``, ``cosine``, ``simvq``, ``fsq`` or ``lfq``, see ``mmtok.quantizers``.
+        codebook_size: number of codes; of each level, where there are several.
+        codebook_dim: channels in which codes are searched; ``fsq`` and ``lfq`` have their own.
+        levels: residual levels of ``vq``: so many codes a position, from coarse to fine.
+        fsq_levels: values of each channel of ``fsq``.
     """
 
     downsample: int = 8
@@ -40,11 +43,14 @@ class ImageVQVAEConfig(Config):
     encoder_blocks: int = 2
     decoder_blocks: int = 2
     alpha: bool = False
+    quantizer: str = "vq"
     codebook_size: int = 1024
     codebook_dim: int = 8
+    levels: int = 1
+    fsq_levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("channels", "codebook_size", "codebook_dim"):
+        for name in ("channels", "codebook_size", "codebook_dim", "levels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"ImageVQVAEConfig.{name}: got {getattr(self, name)}, expected at least 1")
         for name in ("downsample", "patch"):
@@ -108,7 +114,10 @@ class ImageVQVAE(ImageTokenizer, CodecModel):
                 up += [nn.Conv2d(width, 4 * widths[i - 1], 1), nn.PixelShuffle(2)]
         dim = widths[-1]
         self.encoder = nn.Sequential(*down, ChannelNorm(dim), nn.Conv2d(dim, dim, 1))
-        self.quantizer = Quantizer(dim, config.codebook_dim, config.codebook_size, 1, vectors_per_batch)
+        self.quantizer = build_quantizer(
+            config.quantizer, dim, config.codebook_dim, config.codebook_size, config.levels, config.fsq_levels,
+            vectors_per_batch,
+        )  # fmt: skip
         self.decoder = nn.Sequential(
             nn.Conv2d(dim, dim, 3, padding=1), *up, ChannelNorm(widths[0]), nn.SiLU(),
             nn.Conv2d(widths[0], folded, 3, padding=1), nn.PixelShuffle(config.patch),
@@ -121,14 +130,14 @@ class ImageVQVAE(ImageTokenizer, CodecModel):
         self.decode_halo = -(-decoder // config.downsample)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass: float [B, channels, H, W] in -1..1 -> (reconstruction, codes [B, h, w], commitment loss).
+        """Training pass: float [B, channels, H, W] in -1..1 -> (reconstruction, codes [B, h, w, levels], quantizer's loss).
 
         H and W are multiples of ``downsample``; RGBA is premultiplied, see ``premultiply``.
         """
         z = self.encoder(pixels)
         b, d, h, w = z.shape
         q, codes, loss = self.quantizer(z.permute(0, 2, 3, 1).reshape(b, h * w, d))
-        return self.decoder(q.reshape(b, h, w, d).permute(0, 3, 1, 2)), codes.reshape(b, h, w), loss
+        return self.decoder(q.reshape(b, h, w, d).permute(0, 3, 1, 2)), codes.unflatten(1, (h, w)), loss
 
     @property
     def downsample(self) -> int:
@@ -137,8 +146,8 @@ class ImageVQVAE(ImageTokenizer, CodecModel):
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
-        """Codes in each codebook."""
-        return (self.config.codebook_size,)
+        """Codes of each level."""
+        return self.quantizer.codebook_sizes
 
     def to_codes(self, pixels: Tensor) -> Tensor:
         """float32 [1, channels, H, W] in -1..1 -> int64 [1, h, w, levels]."""

@@ -15,6 +15,7 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from mmtok.checkpoints import atomic_write, load_strict, load_tensors, tensors_to_bytes
 from mmtok.config import Config
 from mmtok.errors import CheckpointError, ConfigError, DataError
+from mmtok.training.averaging import Average
 
 STATE = "state.safetensors"
 LOG = "metrics.jsonl"
@@ -46,6 +48,7 @@ class LoopConfig(Config):
         warmup: steps of linear warm-up; cosine decay to a hundredth of the peak follows.
         weight_decay: on matrices and kernels, not on vectors.
         clip: largest gradient norm.
+        ema: decay of the moving average of the weights that is evaluated and saved; 0 for none.
         bf16: bfloat16 autocast in the forward pass.
         seed: of initialisation and of the order of the data.
         eval_every, save_every: in steps.
@@ -58,6 +61,7 @@ class LoopConfig(Config):
     warmup: int = 50
     weight_decay: float = 0.01
     clip: float = 1.0
+    ema: float = 0.0
     bf16: bool = True
     seed: int = 0
     eval_every: int = 500
@@ -68,6 +72,8 @@ class LoopConfig(Config):
         for name in ("steps", "batch_size", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"LoopConfig.{name}: got {getattr(self, name)}, expected at least 1")
+        if not 0 <= self.ema < 1:
+            raise ConfigError(f"LoopConfig.ema: got {self.ema}, expected 0 to less than 1")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of one step."""
@@ -123,7 +129,7 @@ def fit(
     """Train to ``config.steps``, resuming from ``run`` if a checkpoint is there.
 
     Args:
-        model: on its device; left in eval mode.
+        model: on its device; left in eval mode, with the averaged weights where ``ema`` asks for them.
         config: the schedule; must be the one that the checkpoint was made with, but for ``steps``, the intervals
             and the threads.
         run: directory of the checkpoint and of metrics.jsonl.
@@ -139,7 +145,8 @@ def fit(
     device = next(model.parameters()).device
     optimizer = optimizer_for(model, config)
     run.mkdir(parents=True, exist_ok=True)
-    step = load_state(model, optimizer, config, run)
+    average = Average(model, config.ema) if config.ema else None
+    step = load_state(model, optimizer, config, run, average)
     # A run that was killed after logging but before saving has lines from the future: drop them.
     log = [x for x in _read_log(run / LOG) if x["step"] <= step]
     atomic_write(run / LOG, "".join(json.dumps(x) + "\n" for x in log).encode())
@@ -170,6 +177,8 @@ def fit(
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimizer.step()
             step += 1
+            if average is not None:
+                average.update(step)
             text = " ".join(f"{k} {v:.4g}" for k, v in {**live, "grad": float(norm)}.items())
             progress.update(bar, completed=step, live=text)
             if not console.is_terminal and time.monotonic() - spoken > HEARTBEAT_S:
@@ -178,7 +187,7 @@ def fit(
             last = step == config.steps
             if step % config.eval_every == 0 or last:
                 model.eval()
-                with torch.no_grad():
+                with torch.no_grad(), average.applied() if average else nullcontext():
                     metrics = evaluate(step)
                 rate = (step - shown) / max(1e-9, time.monotonic() - started)
                 line = {"step": step, "lr": config.lr_at(step - 1), "steps_per_s": round(rate, 3), **live, **metrics}
@@ -190,17 +199,28 @@ def fit(
                 console.print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
                 started, shown = time.monotonic(), step
             if step % config.save_every == 0 or last:
-                save_state(model, optimizer, config, run, step)
+                save_state(model, optimizer, config, run, step, average)
+    if average is not None:
+        average.apply()
     if board is not None:
         board.close()
     model.eval()
 
 
-def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopConfig, run: Path, step: int) -> None:
+def save_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: LoopConfig,
+    run: Path,
+    step: int,
+    average: Average | None = None,
+) -> None:
     """Write everything that the next step depends on, atomically."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     for index, entry in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in entry.items()}
+    if average is not None:
+        tensors |= {f"average.{k}": v for k, v in average.tensors.items()}
     tensors["rng"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -208,7 +228,13 @@ def save_state(model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopC
     atomic_write(run / STATE, tensors_to_bytes(tensors, meta))
 
 
-def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopConfig, run: Path) -> int:
+def load_state(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: LoopConfig,
+    run: Path,
+    average: Average | None = None,
+) -> int:
     """Restore what ``save_state`` wrote; returns the step, 0 where there is no checkpoint.
 
     Raises:
@@ -235,6 +261,12 @@ def load_state(model: nn.Module, optimizer: torch.optim.Optimizer, config: LoopC
     if other:
         raise ConfigError(f"{path} was made with another schedule ({'; '.join(other)}); use the same, or another --out")
     load_strict(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, str(path))
+    if average is not None:
+        kept = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
+        if kept.keys() != average.tensors.keys() or any(kept[k].shape != v.shape for k, v in average.tensors.items()):
+            raise CheckpointError(f"{path}: the averaged weights do not fit the model; remove it to start anew")
+        for k, v in average.tensors.items():  # as it lies in memory
+            v.copy_(kept[k])
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
