@@ -106,8 +106,8 @@ def read_folder(folder: Path, modalities: Sequence[str] = tuple(SUFFIXES)) -> It
         yield {"id": key, "split": split_of(key), "source": folder.name, "segments": segments}
 
 
-def items(source: Path, modality: str, split: str) -> list[Item]:
-    """Every segment of one modality in one split of a manifest (a file) or a folder.
+def items(source: Path, modality: str, split: str | None) -> list[Item]:
+    """Every segment of one modality in one split of a manifest (a file) or a folder; None: in all of them.
 
     Raises:
         DataError: there is none.
@@ -120,7 +120,9 @@ def items(source: Path, modality: str, split: str) -> list[Item]:
         for segment in document["segments"]
         if segment["type"] == modality
     ]
-    chosen = [x for x in out if x.split == split]
+    chosen = [x for x in out if split in (None, x.split)]
     if not chosen:
+        if split is None:
+            raise DataError(f"{source}: no {modality} in it")
         raise DataError(f"{source}: no {modality} in split {split!r} ({len(out)} in all splits)")
     return chosen
