@@ -24,7 +24,8 @@ class Block:
     """A contiguous range of ids.
 
     Attributes:
-        name: unique: ``control``, ``text``, ``grid``, ``image``, ``audio.0``...; further ones ``image:NAME``.
+        name: unique: ``control``, ``text``, ``grid``, ``image``, of several codebooks ``image.0``..., ``audio.0``...;
+            of further tokenizers ``image:NAME``.
         modality: ``control``, ``grid``, ``text``, ``image`` or ``audio``.
         start: the first id.
         size: ids in use.
@@ -58,10 +59,11 @@ class TokenizerSpec:
     Args:
         name: letters, digits, ``.``, ``_`` and ``-``.
         modality: ``text``, ``image`` or ``audio``.
-        codebook_sizes: codes in each codebook; one for text and image, one a level for audio.
+        codebook_sizes: codes in each codebook, one for text; of a residual quantizer one a level, coarse to fine.
         fingerprint: what the codes mean (sha256 over config and weights).
         headroom: ids to reserve behind each of its blocks.
         properties: JSON-able: image ``{"downsample": 8}``, audio ``{"sample_rate": 16000, "hop": 320}``, text ``{}``.
+        layout: of an audio tokenizer's codebooks; empty means ``interleaved``, which is that of all images.
 
     Raises:
         VocabularyError: a value is of the wrong type or impossible.
@@ -85,8 +87,8 @@ class TokenizerSpec:
         sizes = tuple(self.codebook_sizes)
         if not sizes or not all(is_int(s) and s >= 1 for s in sizes):
             raise VocabularyError(f"{self.name}: codebook_sizes {sizes!r}, expected one or more integers from 1 up")
-        if self.modality != "audio" and len(sizes) != 1:
-            raise VocabularyError(f"{self.name}: {len(sizes)} codebooks, expected one for {self.modality}")
+        if self.modality == "text" and len(sizes) != 1:
+            raise VocabularyError(f"{self.name}: {len(sizes)} codebooks, expected one for text")
         if not isinstance(self.fingerprint, str) or not self.fingerprint:
             raise VocabularyError(f"{self.name}: fingerprint {self.fingerprint!r}, expected a non-empty string")
         if not is_int(self.headroom) or self.headroom < 0:
@@ -115,6 +117,11 @@ class TokenizerSpec:
         object.__setattr__(self, "codebook_sizes", tuple(int(s) for s in sizes))
         object.__setattr__(self, "headroom", int(self.headroom))
         object.__setattr__(self, "properties", properties)
+
+    @property
+    def numbered(self) -> bool:
+        """Whether blocks and codes are named by their level: those of sounds, and of images with several levels."""
+        return self.modality == "audio" or len(self.codebook_sizes) > 1
 
     @property
     def codebook_layout(self) -> Layout:
@@ -179,11 +186,10 @@ def lay_out(
         add(label(spec, all_specs), "text", spec.codebook_sizes[0], spec)
     if max_grid is not None:
         add("grid", "grid", max_grid)
-    for spec in by["image"]:
-        add(label(spec, all_specs), "image", spec.codebook_sizes[0], spec)
-    for spec in by["audio"]:
+    for spec in (*by["image"], *by["audio"]):
         for level, size in enumerate(spec.codebook_sizes):
-            add(f"{label(spec, all_specs)}.{level}", "audio", size, spec, level)
+            name = label(spec, all_specs) + (f".{level}" if spec.numbered else "")
+            add(name, spec.modality, size, spec, level)
     return tuple(out)
 
 
@@ -204,7 +210,7 @@ def check_blocks(blocks: Sequence[Block], tokenizers: Sequence[TokenizerSpec]) -
         if not 1 <= b.size <= b.capacity:
             raise VocabularyError(f"block {b.name!r}: got size {b.size}, expected 1 to its capacity {b.capacity}")
         if b.name in seen:
-            raise VocabularyError(f"two blocks are named {b.name!r}")
+            raise VocabularyError(f"two blocks are named {b.name!r}; give one of their tokenizers another name")
         seen.add(b.name)
         end = b.start + b.capacity
     if end > MAX_IDS:

@@ -2,12 +2,12 @@
 
     document := <bos> turn* <eos>
     turn     := [<user> | <assistant>] segment*
-    segment  := text-id+ | <image> grid(h) grid(w) code{h*w} </image> | <audio> code* </audio>
+    segment  := text-id+ | <image> grid(h) grid(w) code{h*w*L} </image> | <audio> code* </audio>
 
-The codes of a sound stand in the order of its tokenizer's layout: frame after frame, level after level, or delayed with
-fill tokens in the gaps. Audio may have no frames. After <eos> only <pad> may follow. ``Grammar`` parses whole arrays
-with one vectorised step a segment; what it inherits from ``Automaton`` follows single tokens of a batch. Both accept
-the same sequences.
+The codes of an image stand row by row, of each position its L levels, from coarse to fine. The codes of a sound stand
+in the order of its tokenizer's layout: frame after frame, level after level, or delayed with fill tokens in the gaps.
+Audio may have no frames. After <eos> only <pad> may follow. ``Grammar`` parses whole arrays with one vectorised step a
+segment; what it inherits from ``Automaton`` follows single tokens of a batch. Both accept the same sequences.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Span:
         kind: ``control``, ``text``, ``image`` or ``audio``.
         start, end: slice of the ids, opening and closing tokens included.
         tokenizer: whose codes these are, empty for control.
-        shape: image (h, w); audio (K, T), codebooks and frames; text (n,); control ().
+        shape: of the codes: image (h, w), of several levels (h, w, L); audio (K, T), codebooks and frames; text (n,);
+            control ().
         name: of a control token: ``<bos>``, ``<user>``, ``<assistant>``, ``<eos>``; ``<pad>`` for all the padding.
     """
 
@@ -63,8 +64,8 @@ class Grammar(Automaton):
         self._by_name = {b.tokenizer: b for b in self._brackets}
         self._grid = registry.block("grid")
         owned = {t.name: registry.blocks_of(t.name) for t in registry.tokenizers}
-        self._starts = {name: np.array([[b.start] for b in blocks]) for name, blocks in owned.items()}
-        self._sizes = {name: np.array([[b.size] for b in blocks], np.uint64) for name, blocks in owned.items()}
+        self._starts = {name: np.array([b.start for b in blocks]) for name, blocks in owned.items()}
+        self._sizes = {name: np.array([b.size for b in blocks], np.uint64) for name, blocks in owned.items()}
         choice = np.ones(registry.padded_size, bool)
         choice[[registry.pad, registry.bos]] = False
         for b in self._brackets:
@@ -162,11 +163,13 @@ class Grammar(Automaton):
         sizes = classes[at + 1 : at + 3] - GRID + 1
         if len(sizes) < 2 or min(sizes) < 1 or max(sizes) > self.registry.max_grid:
             return None
-        h, w = (int(x) for x in sizes)
-        start, end = at + 3, at + 3 + h * w
-        if end >= len(ids) or ids[end] != b.closing or (classes[start:end] != b.codes[0]).any():
+        h, w, levels = int(sizes[0]), int(sizes[1]), len(b.codes)
+        start, end = at + 3, at + 3 + h * w * levels
+        if end >= len(ids) or ids[end] != b.closing:
             return None
-        return Span("image", at, end + 1, b.tokenizer, (h, w))
+        if (classes[start:end].reshape(-1, levels) != b.codes).any():
+            return None
+        return Span("image", at, end + 1, b.tokenizer, (h, w) if levels == 1 else (h, w, levels))
 
     def _read_audio(self, ids: np.ndarray, classes: np.ndarray, at: int, b: Bracketed) -> Span | None:
         assert b.layout is not None
@@ -216,8 +219,8 @@ class Grammar(Automaton):
         """The codes of a text, image or audio span of ``spans(ids)``.
 
         Returns:
-            int64, local to the tokenizer: text [n], image [h, w], audio [K, T]; of a layout with several codes of a
-            level in a frame a tuple of K arrays [rate * T].
+            int64, local to the tokenizer: text [n], image [h, w], of several levels [h, w, L], audio [K, T]; of a
+            layout with several codes of a level in a frame a tuple of K arrays [rate * T].
 
         Raises:
             SequenceError: the ids are not those that the span was parsed from.
@@ -231,7 +234,10 @@ class Grammar(Automaton):
         start, end = span.start + skip[0], span.end - skip[1]
         part = array[start:end].astype(np.int64)
         layout = self.layout_of(span)
-        levels = np.zeros(int(np.prod(span.shape)), np.int64) if layout is None else layout.levels(span.shape[1])
+        if layout is None:
+            levels = np.resize(np.arange(len(blocks)), int(np.prod(span.shape)))
+        else:
+            levels = layout.levels(span.shape[1])
         if len(part) != len(levels):
             raise SequenceError(start, f"{len(part)} ids", f"{len(levels)} of {span.tokenizer}; parse these ids anew")
         low = np.array([b.start for b in blocks])[levels]
@@ -259,7 +265,8 @@ class Grammar(Automaton):
 
         Args:
             tokenizer: a name, or a modality for its default tokenizer.
-            codes: integers: text [n], image [h, w] with sides of 1..max_grid, audio [K, T] or K arrays [rate * T].
+            codes: integers: text [n], image [h, w] with sides of 1..max_grid, of several levels [h, w, L], audio [K, T]
+                or K arrays [rate * T].
 
         Returns:
             int64 [m].
@@ -272,18 +279,19 @@ class Grammar(Automaton):
         if b is not None and b.layout is not None:
             return self._audio_ids(b, b.layout, codes)
         array = integers(codes, f"codes of {tokenizer}")
-        shape, form = array.shape, {"text": "[n]", "image": "[h, w]"}[spec.modality]
-        if len(shape) != len(form.split()):
+        shape, levels = array.shape, len(spec.codebook_sizes)
+        form = "[n]" if b is None else "[h, w]" if levels == 1 else f"[h, w, {levels}]"
+        if len(shape) != len(form.split()) or (levels > 1 and shape[2] != levels):
             raise VocabularyError(f"codes of {spec.name} have shape {list(shape)}, expected {form}")
         if b is None:
             return self._ids(spec.name, array, 0)
-        if min(shape) < 1 or max(shape) > self._grid.size:
+        if min(shape[:2]) < 1 or max(shape[:2]) > self._grid.size:
             raise VocabularyError(
                 f"an image of {shape[0]}x{shape[1]} codes, expected sides of 1..{self._grid.size}: resize the image, "
                 "or create a vocabulary with a larger max_grid"
             )
         head = (b.opening, self._grid.start + shape[0] - 1, self._grid.start + shape[1] - 1)
-        return _enclosed(head, self._ids(spec.name, array, 0).reshape(-1), b.closing)
+        return _enclosed(head, self._ids(spec.name, array, np.arange(levels)).reshape(-1), b.closing)
 
     def _audio_ids(self, b: Bracketed, layout: Layout, codes: Any) -> np.ndarray:
         """A whole audio segment."""
@@ -299,22 +307,20 @@ class Grammar(Automaton):
         if ragged:
             merged = [self._ids(b.tokenizer, part, level) for level, part in enumerate(parts)]
         else:
-            merged = self._ids(b.tokenizer, parts[0])
+            merged = self._ids(b.tokenizer, parts[0], np.arange(k)[:, None])
         try:
             stream = layout.flatten(merged)
         except LayoutError as error:
             raise VocabularyError(f"codes of {b.tokenizer}: {error}") from error
         return _enclosed((b.opening,), stream, b.closing)
 
-    def _ids(self, tokenizer: str, codes: np.ndarray, level: int | None = None) -> np.ndarray:
-        """Codes as ids: [K, T] of all levels, or of any shape of one; VocabularyError with the first bad position."""
-        starts, sizes = self._starts[tokenizer], self._sizes[tokenizer]
-        if level is not None:
-            starts, sizes = starts[level], sizes[level]
+    def _ids(self, tokenizer: str, codes: np.ndarray, levels: int | np.ndarray) -> np.ndarray:
+        """Codes as ids; their levels broadcast against them. VocabularyError with the first bad position."""
+        starts, sizes = self._starts[tokenizer][levels], self._sizes[tokenizer][levels]
         codes = codes.astype(np.int64, copy=False)
         if (codes.view(np.uint64) >= sizes).any():  # a negative number is a large unsigned one
             position = tuple(int(i) for i in np.argwhere(codes.view(np.uint64) >= sizes)[0])
-            block = self.registry.blocks_of(tokenizer)[position[0] if level is None else level]
+            block = self.registry.blocks_of(tokenizer)[int(np.broadcast_to(levels, codes.shape)[position])]
             where = position if len(position) > 1 else position[0]
             raise VocabularyError(
                 f"position {where}: code {codes[position]}, expected 0..{block.size - 1} in block {block.name!r}"

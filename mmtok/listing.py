@@ -14,8 +14,8 @@ def listing(grammar: Grammar, ids: Any) -> list[dict[str, Any]]:
     """A document with notes, one row an id.
 
     Each row has ``position``, ``id``, ``kind`` and ``description``; codes have ``tokenizer`` and ``code``, image
-    codes ``row`` and ``column``, audio codes ``frame``, ``level``, of several in a frame the ``index`` among them,
-    and, where the tokenizer says so, ``time_s``.
+    codes ``row``, ``column`` and, of several, ``level``, audio codes ``frame``, ``level``, of several in a frame the
+    ``index`` among them, and, where the tokenizer says so, ``time_s``.
 
     Args:
         grammar: of the vocabulary.
@@ -44,7 +44,7 @@ def _notes(grammar: Grammar, span: Span) -> Callable[[int, int], dict[str, Any]]
     lead = {"text": 0, "image": 3, "audio": 1}[span.kind]
     layout = grammar.layout_of(span)
     if layout is None:
-        levels = order = np.zeros(int(np.prod(span.shape)), np.int64)
+        levels = order = np.resize(np.arange(len(blocks)), int(np.prod(span.shape)))
     else:
         levels, order = layout.levels(span.shape[1]), layout.order(span.shape[1])
         firsts = np.cumsum([0, *layout.rates]) * span.shape[1]
@@ -59,7 +59,9 @@ def _notes(grammar: Grammar, span: Span) -> Callable[[int, int], dict[str, Any]]
         level = int(levels[i])
         out: dict[str, Any] = {"tokenizer": spec.name, "code": id - blocks[level].start}
         if span.kind == "image":
-            out["row"], out["column"] = divmod(i, span.shape[1])
+            out["row"], out["column"] = divmod(i // len(blocks), span.shape[1])
+            if len(blocks) > 1:
+                out["level"] = level
         elif layout is not None:
             index = int(order[i] - firsts[level])
             out["frame"], which = divmod(index, layout.rates[level])

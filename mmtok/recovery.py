@@ -176,21 +176,27 @@ class _Recoverer:
         sizes = self.classes[body[:2]] - GRID + 1
         if len(sizes) < 2 or min(sizes) < 1 or max(sizes) > self.registry.max_grid:
             return None
-        height, width = (int(x) for x in sizes)
+        height, width, levels = int(sizes[0]), int(sizes[1]), len(b.codes)
         places, own = body[2:], self._own(b)
-        if len(places) == height * width:  # each id is in its place: a stray one costs its row
-            rows = own[places].reshape(height, width).all(1)
-            kept = places.reshape(height, width)[rows].reshape(-1)
+        if len(places) == height * width * levels:  # each id is in its place: a stray one costs its row
+            found = places.reshape(-1, levels)
+            index = np.flatnonzero((self.classes[found] == b.codes).all(1))
+            found = found[index]
         else:
             codes = places[own[places]]
-            kept = codes[: min(height, len(codes) // width) * width]
-        if not len(kept):
+            starts = _groups(self.classes[codes] - b.codes[0], np.arange(levels), False)
+            found = codes[starts[:, None] + np.arange(levels)]
+            # A position that lacks a level shows: if only such positions are lost, all others keep their place.
+            odd = np.diff(starts, prepend=-levels, append=len(codes)) != levels
+            index = np.arange(len(starts)) + (np.cumsum(odd[:-1]) if len(starts) + odd.sum() == height * width else 0)
+        rows = np.flatnonzero(np.bincount(index // width, minlength=height)[:height] == width)
+        rows_kept, kept = len(rows), found[np.isin(index // width, rows)].reshape(-1)
+        if not rows_kept:
             return None
         lost = np.setdiff1d(places, kept)
         self._removed(lost[~own[lost]], f"where {b.tokenizer} codes belong")
-        self._removed(lost[own[lost]], f"not in a whole row of {width} codes of the {height}x{width} image")
+        self._removed(lost[own[lost]], f"not in a whole row of {width * levels} codes of the {height}x{width} image")
         first = int(self.ids[at + 1])
-        rows_kept = len(kept) // width
         if rows_kept < height:
             self._edit("replaced", at + 1, 1, f"height {height} by {rows_kept}, the rows that are whole")
             first += rows_kept - height

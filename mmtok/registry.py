@@ -290,6 +290,13 @@ class VocabularyRegistry:
             )
         return like(codes, ids.reshape(shape))
 
+    def kind(self, block: Block) -> str:
+        """What the ids of a block are, in words: ``image code``, ``audio level 2 code``, ``text id``, ``grid size``."""
+        if block.tokenizer and self.tokenizer(block.tokenizer).numbered:
+            return f"{block.name.rpartition('.')[0]} level {block.codebook} code"
+        noun = {"text": "id", "grid": "size"}.get(block.modality, "code")
+        return f"{block.name} {noun}"
+
     def describe(self, id: int) -> str:
         """An id in words: ``image code 17``, ``audio level 2 code 5``, ``<bos>``, ``text id 42``, ``unused id 900``."""
         index = self._map.block_of(id)
@@ -300,11 +307,7 @@ class VocabularyRegistry:
         code = id - block.start
         if block.modality == "control":
             return block.names[code]
-        if block.modality == "grid":
-            return f"grid size {code + 1}"
-        if block.modality == "audio":
-            return f"{block.name.rpartition('.')[0]} level {block.codebook} code {code}"
-        return f"{block.name} {'id' if block.modality == 'text' else 'code'} {code}"
+        return f"{self.kind(block)} {code + (block.modality == 'grid')}"
 
     # --- identity, JSON, comparison
 

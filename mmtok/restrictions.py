@@ -165,5 +165,5 @@ def _least(bracket: Bracketed | None, area: int, least: np.ndarray) -> int:
     if bracket is None:
         return 1
     if bracket.layout is None:
-        return 4 + area
+        return 4 + area * len(bracket.codes)
     return 2 + bracket.layout.length(int(least[bracket.bound]))

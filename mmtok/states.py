@@ -2,12 +2,14 @@
 
     document := <bos> turn* <eos>
     turn     := [<user> | <assistant>] segment*
-    segment  := text-id+ | <image> grid(h) grid(w) code{h*w} </image> | <audio> code* </audio>
+    segment  := text-id+ | <image> grid(h) grid(w) code{h*w*L} </image> | <audio> code* </audio>
 
-The codes of an audio segment stand in the order of the tokenizer's layout (``layouts``); where a delayed layout has no
-code, its fill token stands. A state is a phase (a node of the automaton) and two numbers: a counter (image height,
-image codes to come, audio frames or steps) and a total (the frames of an audio segment, once they are known). Ids fall
-into classes, and each edge (phase, class) says when it may be taken and what it does to the numbers.
+The codes of an image stand row by row; of a tokenizer with L levels (residual vector quantization) each position has L
+codes, from coarse to fine. The codes of an audio segment stand in the order of the tokenizer's layout (``layouts``);
+where a delayed layout has no code, its fill token stands. A state is a phase (a node of the automaton) and two numbers:
+a counter (image height, image positions to come, audio frames or steps) and a total (the frames of an audio segment,
+once they are known). Ids fall into classes, and each edge (phase, class) says when it may be taken and what it does to
+the numbers.
 """
 
 from __future__ import annotations
@@ -96,9 +98,9 @@ class Bracketed:
         tokenizer: its name.
         modality: ``image`` or ``audio``.
         opening, closing: ids.
-        first: the phase after the opening. Images go on to first + 1 (width), + 2 (codes), + 3 (closing).
+        first: the phase after the opening. Images go on to first + 1 (width), + 2 (codes, a phase a level), closing.
         codes: the class of each codebook, consecutive numbers; the class of the fill, if there is one, follows.
-        layout: of audio, over ids: its fill is the id of the fill token.
+        layout: of audio, over ids: its fill is the id of the fill token; None for images.
         bound: of the number of frames: FRAMES or more for audio.
     """
 
@@ -196,11 +198,7 @@ class States:
         r = self.registry
         opening, closing = r.opening(spec.name), r.closing(spec.name)
         blocks = r.blocks_of(spec.name)
-        label = blocks[0].name if spec.modality == "image" else blocks[0].name.rpartition(".")[0]
-        names = (
-            [f"{label} code"] if spec.modality == "image" else [f"{label} level {q} code" for q in range(len(blocks))]
-        )
-        codes = [self._class(n, np.arange(b.start, b.end)) for n, b in zip(names, blocks, strict=True)]
+        codes = [self._class(r.kind(b), np.arange(b.start, b.end)) for b in blocks]
         layout, bound, steps = None, ANY, 0
         if spec.modality == "audio":
             layout = spec.codebook_layout
@@ -215,7 +213,7 @@ class States:
             spec.name, spec.modality, opening, closing, first, range(codes[0], codes[-1] + 1), layout, bound
         )
         if layout is None:
-            return start, bracket, self._image(bracket, end, label), 0
+            return start, bracket, self._image(bracket, end), 0
         if isinstance(layout, CodebookMajor) and len(codes) > 1:
             phases = _codebook_major(bracket, end, layout)
         elif bracket.spread:
@@ -228,16 +226,21 @@ class States:
             phase.modality = "audio"
         return start, bracket, phases, steps
 
-    def _image(self, b: Bracketed, end: int, label: str) -> list[Phase]:
-        """Height, width, codes, closing."""
-        sizes = range(1, self.registry.max_grid + 1)
-        height = Phase(Cost(4, area=1), "image", expected=f"grid size (height of {label})")
-        width = Phase(Cost(3, width=1), "image", expected=f"grid size (width of {label})")
-        codes = Phase(Cost(2, count=1), "image", zero=b.first + 3)
+    def _image(self, b: Bracketed, end: int) -> list[Phase]:
+        """Height, width, a phase for each level of a position, of which the last counts it, closing."""
+        sizes, label, levels = range(1, self.registry.max_grid + 1), self.names[end][2:-1], len(b.codes)
+        height = Phase(Cost(4, area=levels), "image", expected=f"grid size (height of {label})")
+        width = Phase(Cost(3, width=levels), "image", expected=f"grid size (width of {label})")
+        codes, closing = b.first + 2, b.first + 2 + levels
         height.edges = {GRID + v - 1: Edge(b.first + 1, (0, v)) for v in sizes}
-        width.edges = {GRID + v - 1: Edge(b.first + 2, (v, 0)) for v in sizes}
-        codes.edges = {b.codes[0]: Edge(b.first + 2, (1, -1))}
-        return [height, width, codes, Phase(Cost(2), "image", edges={end: Edge(BODY)})]
+        width.edges = {GRID + v - 1: Edge(codes, (v, 0)) for v in sizes}
+        out = [height, width]
+        for q, kind in enumerate(b.codes):
+            last = q + 1 == levels
+            code = Edge(codes if last else codes + q + 1, (1, -int(last)))
+            zero = None if q else closing
+            out.append(Phase(Cost(2 - q, count=levels), "image", edges={kind: code}, zero=zero))
+        return [*out, Phase(Cost(2), "image", edges={end: Edge(BODY)})]
 
     # --- one token at a time, in plain Python
 

@@ -69,9 +69,10 @@ class Plain:
         if kind == "height":
             return ("width", name, int(code) + 1, stage) if block.modality == "grid" else None
         if kind == "width":
-            return ("codes", name, state[2] * (int(code) + 1), stage) if block.modality == "grid" else None
+            size = state[2] * (int(code) + 1) * len(r.tokenizer(name).codebook_sizes)
+            return ("codes", name, size, stage) if block.modality == "grid" else None
         if kind == "codes":
-            if block.tokenizer != name:
+            if block.tokenizer != name or block.codebook != -state[2] % len(r.tokenizer(name).codebook_sizes):
                 return None
             return ("codes", name, state[2] - 1, stage) if state[2] > 1 else ("close", name, stage)
         if kind == "close":
@@ -169,7 +170,7 @@ def registries(draw: st.DrawFn, most: int = 5, levels: int = 3) -> VocabularyReg
         modalities = draw(st.lists(st.sampled_from([*MODALITIES, "image", "audio"]), max_size=most))
         modalities += draw(st.sampled_from([[], ["audio"], ["audio", "audio"], ["image"], ["image", "text", "audio"]]))
         for i, modality in enumerate(modalities):
-            k = draw(st.integers(1, levels)) if modality == "audio" else 1
+            k = 1 if modality == "text" else draw(st.integers(1, levels))
             sizes = tuple(draw(st.integers(1, 3)) for _ in range(k))
             layout = draw(layouts(k)) if modality == "audio" else ""
             out.append(
@@ -199,9 +200,10 @@ def documents(draw: st.DrawFn, registry: VocabularyRegistry) -> Document:
             ]
             codes = np.stack(levels) if set(rates) == {1} else tuple(levels)
         else:
-            side = st.integers(1, registry.max_grid)
-            shape = (draw(st.integers(1, 4)),) if spec.modality == "text" else (draw(side), draw(side))
-            codes = rng.integers(0, spec.codebook_sizes[0], shape)
+            side, k = st.integers(1, registry.max_grid), len(spec.codebook_sizes)
+            shape = (draw(st.integers(1, 4)),) if spec.modality == "text" else (draw(side), draw(side), k)
+            codes = rng.integers(0, spec.codebook_sizes, shape)
+            codes = codes[..., 0] if len(shape) == 3 and k == 1 else codes
         if not (spec.modality == "text" and out and out[-1][0] == name):  # neighbours of one tokenizer are one text
             out.append((name, codes))
     return out

@@ -398,7 +398,7 @@ def test_unknown_names_list_the_known_ones() -> None:
         {"name": "audio"},
         {"modality": "video"},
         {"codebook_sizes": ()},
-        {"codebook_sizes": (4, 4)},
+        {"modality": "text", "codebook_sizes": (4, 4)},
         {"codebook_sizes": (0,)},
         {"codebook_sizes": (2.5,)},
         {"fingerprint": ""},

@@ -1,8 +1,8 @@
 """The loss of the reference transformer: cross-entropy among the ids that the grammar lets compete.
 
-Within a picture only its codes can follow; within a sound only the codes of the level that is due, with what may end
-a sound at that level: the closing after whole frames, in a delayed layout the fill, in a codebook-major one the next
-level (a level that stands in several slots of a frame has one set of competitors for all of them).
+Within a picture only the codes of the level that is due can follow; within a sound these, with what may end a sound at
+that level: the closing after whole frames, in a delayed layout the fill, in a codebook-major one the next level (a
+level that stands in several slots of a frame has one set of competitors for all of them).
 Scoring just those columns is what masked sampling does too, and it saves most of the output projection.
 """
 
