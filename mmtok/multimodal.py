@@ -30,7 +30,7 @@ def spec_of(name: str, tokenizer: Any, levels: int | None = None, headroom: int 
     Args:
         name: under which it will be found again: the name of its checkpoint directory.
         tokenizer: any object with the tokenizer protocol.
-        levels: for residual codecs, use only the first so many codebooks.
+        levels: of a residual image tokenizer or audio codec, use only the first so many codebooks.
         headroom: ids to reserve behind each of its blocks.
         layout: of the codebooks in a sequence, see :func:`mmtok.layouts.parse`; empty for the default.
 
@@ -146,7 +146,10 @@ class MultimodalTokenizer:
         return np.concatenate([before, *self._segments(segments, use or {}), after])
 
     def codes(self, segment: Text | Image | Audio, tokenizer: str | None = None) -> Any:
-        """Codes of one segment, int64: text [n], image [h, w], audio [K, F], or of a codec with several rates K arrays.
+        """Codes of one segment, int64, as ``Grammar.segment_ids`` takes them.
+
+        They are text [n], image [h, w], of several levels [h, w, L], audio [K, F], or of a codec with several rates K
+        arrays.
 
         Args:
             segment: what to encode.
@@ -158,17 +161,19 @@ class MultimodalTokenizer:
         modality = type(segment).__name__.lower()
         spec = self.choose(modality, tokenizer)
         model = self.tokenizers[spec.name]
+        levels = len(spec.codebook_sizes)  # the first levels of a residual quantizer do not depend on how many follow
         match segment:
             case Text(text):
                 return model.encode([text])[0]
             case Image(pixels):
-                return model.encode(torch.from_numpy(pixels.copy())[None])[0].numpy()
+                codes = model.encode(torch.from_numpy(pixels.copy())[None])[0].numpy()
+                if codes.ndim == 3:  # of a residual quantizer
+                    codes = codes[..., 0] if levels == 1 else codes[..., :levels]
+                return codes
             case Audio(samples, rate):
                 mono = samples if len(samples) == 1 else samples.mean(0, keepdims=True)
                 mono = media.resample(mono, rate, int(spec.properties["sample_rate"]))
                 codes = model.encode(torch.from_numpy(np.array(mono, np.float32))[None])
-                # The first levels of a residual codec do not depend on how many follow.
-                levels = len(spec.codebook_sizes)
                 if isinstance(codes, Sequence):
                     return tuple(level[0].numpy() for level in codes[:levels])
                 return codes[0, :levels].numpy()
@@ -249,6 +254,8 @@ class MultimodalTokenizer:
         tokenizer = self.tokenizers[span.tokenizer]
         if span.kind == "text":
             return Text(tokenizer.decode([codes])[0])
+        if span.kind == "image" and codes.ndim == 2 and len(tokenizer.codebook_sizes) > 1:
+            codes = codes[..., None]  # the first level of several
         if isinstance(codes, tuple):
             x = tokenizer.decode([torch.from_numpy(level)[None] for level in codes])[0].numpy()
         else:

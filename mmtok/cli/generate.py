@@ -167,9 +167,10 @@ def _ids_of_listing(tokenizer: MultimodalTokenizer, modality: str, rows: list[di
     if modality == "text":
         codes = np.array([row["code"] for row in coded], np.int64)
     else:
-        first, second = ("row", "column") if modality == "image" else ("level", "frame")
-        at = np.array([[row[first], row[second]] for row in coded], np.int64).reshape(-1, 2)
         levels = len(tokenizer.registry.blocks_of(modality))
+        image = ("row", "column") if levels == 1 else ("row", "column", "level")
+        axes = image if modality == "image" else ("level", "frame")
+        at = np.array([[row[axis] for axis in axes] for row in coded], np.int64).reshape(-1, len(axes))
         shape = at.max(0) + 1 if len(at) else np.array([levels, 0])
         codes = np.full(shape, -1, np.int64)  # a place that the listing leaves out is no code, and is refused
         codes[tuple(at.T)] = [row["code"] for row in coded]

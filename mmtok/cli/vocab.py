@@ -45,7 +45,7 @@ Out = Annotated[
     typer.Option("-o", "--out", metavar="DIR", file_okay=False, help="The directory to write.", show_default=False),
 ]
 Levels = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=N", help="Use only the first N codebooks of an audio codec.")
+    list[str] | None, typer.Option(metavar="NAME=N", help="Use only the first N codebooks of a residual tokenizer.")
 ]
 Layout = Annotated[
     list[str] | None,
@@ -293,7 +293,7 @@ def _row(registry: VocabularyRegistry, block: Block) -> dict[str, Any]:
         "headroom": block.capacity - block.size,
         "modality": block.modality,
         "tokenizer": block.tokenizer,
-        "level": block.codebook if block.modality == "audio" else None,
+        "level": block.codebook if spec and spec.numbered else None,
         "layout": spec.layout if spec else "",
         "names": list(block.names),
     }
