@@ -17,8 +17,8 @@ from mmtok.config import Config
 from mmtok.errors import CheckpointError
 from mmtok.quantizers import Quantizer
 
-# Buffers of the EMA codebooks that only training needs: they stay out of the shipped files.
-TRAINING_ONLY = ("cluster_size", "embed_avg")
+# Buffers of the codebooks that only training needs: they stay out of the shipped files.
+TRAINING_ONLY = ("counts", "sums", "started")
 
 
 P = ParamSpec("P")

@@ -1,7 +1,7 @@
-"""One interface over vector-quantize-pytorch: vectors -> codes -> vectors.
+"""One interface over all quantizers: vectors -> codes -> vectors.
 
     name     class                  codebook                                 paper
-    vq       VectorQuantizer        moving averages of what a code stands    https://arxiv.org/abs/1711.00937, appendix A.1
+    vq       VectorQuantizer        moving averages of what a code stands    https://arxiv.org/abs/1711.00937, A.1
                                     for, levels of residuals if wanted       https://arxiv.org/abs/2107.03312
     cosine   VectorQuantizer        the same on the unit sphere              https://arxiv.org/abs/2110.04627
     simvq    SimVQuantizer          fixed noise through a learnt matrix      https://arxiv.org/abs/2411.02038
@@ -9,8 +9,9 @@
     lfq      LookupFreeQuantizer    signs of channels on the unit sphere     https://arxiv.org/abs/2406.07548
 
 ``build_quantizer`` makes one by its name. All of them project to a few channels first, because codes are searched
-better in a low dimension, and back after. The library trains the codebooks; which code a vector has is decided by
-``mmtok.nearest``, by rounding or by a sign, never by anything else in the batch.
+better in a low dimension, and back after. simvq, fsq and lfq are vector-quantize-pytorch's modules, vq is
+``mmtok.codebook``. Which code a vector has is decided by ``mmtok.nearest``, by rounding or by a sign, never by anything
+else in the batch.
 """
 
 from __future__ import annotations
@@ -23,14 +24,12 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from vector_quantize_pytorch import FSQ, LFQ, SimVQ, VectorQuantize
+from vector_quantize_pytorch import FSQ, LFQ, SimVQ
 
+from mmtok.codebook import Codebook, distributed, sum_over_ranks
 from mmtok.errors import ConfigError, VocabularyError
 from mmtok.nearest import nearest
 
-# A code is dead when it is drawn less than a tenth as often as if all were drawn alike. Relative, because an
-# absolute threshold revives most of a codebook that is large for its batch.
-DEAD_SHARE = 0.1
 COMMITMENT = 0.25  # weight of the pull of the vectors to their codes, beside the loss of the reconstruction
 KINDS = ("vq", "cosine", "simvq", "fsq", "lfq")
 
@@ -81,12 +80,14 @@ class Quantizer(nn.Module, ABC):
         if not 1 <= codes.shape[-1] <= len(sizes):
             raise VocabularyError(f"got codes of {codes.shape[-1]} levels, expected 1 to {len(sizes)}")
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < sizes[0]:
-            raise VocabularyError(f"got codes from {int(codes.min())} to {int(codes.max())}, expected 0 to {sizes[0] - 1}")
+            raise VocabularyError(
+                f"got codes from {int(codes.min())} to {int(codes.max())}, expected 0 to {sizes[0] - 1}"
+            )
         return self.project_out(self.vectors(codes))
 
     @torch.no_grad()
     def initialise(self, z: Tensor) -> None:
-        """Start the codebooks from vectors float [n, dim], n at least the codes of a level; nothing where none is learnt."""
+        """Start the codebooks from vectors float [n, dim]; nothing where none is learnt."""
 
     def restart_averages(self) -> None:
         """Start what only training needs from the codebooks, as if all codes were drawn alike."""
@@ -129,73 +130,49 @@ class VectorQuantizer(Quantizer):
         cosine: bool = False,
     ) -> None:
         super().__init__(dim, codebook_dim, (codebook_size,) * levels)
-        self.vectors_per_batch, self.cosine = vectors_per_batch, cosine
         self.levels = nn.ModuleList(
-            VectorQuantize(
-                dim=codebook_dim,
-                codebook_size=codebook_size,
-                decay=0.99,
-                kmeans_init=True,
-                kmeans_iters=10,
-                threshold_ema_dead_code=DEAD_SHARE * vectors_per_batch / codebook_size,
-                use_cosine_sim=cosine,
-                rotation_trick=False,
-                commitment_weight=1.0,
-            )
-            for _ in range(levels)
+            Codebook(codebook_size, codebook_dim, vectors_per_batch, cosine) for _ in range(levels)
         )
 
-    def codebooks(self) -> list[Tensor]:
-        """The codebooks, float32 [codebook_size, codebook_dim] each."""
-        return [level._codebook.embed[0].float() for level in self.levels]  # type: ignore[union-attr,index]
+    @property
+    def books(self) -> list[Codebook]:
+        """The codebook of each level."""
+        return [level for level in self.levels if isinstance(level, Codebook)]
 
     @torch.no_grad()
     def initialise(self, z: Tensor) -> None:
-        """Start every level at the k-means centres of vectors float [n, dim], or of what the levels before leave of them."""
-        residual = self._direction(self.project_in(z.float()))
-        for level in self.levels:
-            book = level._codebook
-            centres = k_means(residual, book.codebook_size)  # type: ignore[union-attr]
-            book.embed.copy_(self._direction(centres)[None])  # type: ignore[union-attr,operator]
-            book.initted.fill_(True)  # type: ignore[union-attr,operator]
-            residual = residual - book.embed[0][nearest(residual, book.embed[0])]  # type: ignore[union-attr,index]
-        self.restart_averages()
+        """Start each level at the k-means centres of vectors float [n, dim], or of what is left of them."""
+        residual = self.books[0].on_sphere(self.project_in(z.float()))
+        for book in self.books:
+            book.start(residual)
+            residual = residual - book.entries[book.search(residual)]
 
-    @torch.no_grad()
     def restart_averages(self) -> None:
-        """Start the averages behind the codebooks from the codebooks, as if all codes were drawn alike.
-
-        For training on from stored codebooks: from averages of zero, one step would pull every code to the origin.
-        """
-        for level, size in zip(self.levels, self.codebook_sizes, strict=True):
-            book = level._codebook
-            book.cluster_size.fill_(self.vectors_per_batch / size)  # type: ignore[union-attr,operator]
-            book.embed_avg.copy_(book.embed * book.cluster_size[..., None])  # type: ignore[union-attr,operator,index]
-
-    def _direction(self, z: Tensor) -> Tensor:
-        return F.normalize(z, dim=-1) if self.cosine else z
+        """Start the averages behind the codebooks from the codebooks."""
+        for book in self.books:
+            book.restart()
 
     def _train(self, z: Tensor, levels: int | None) -> tuple[Tensor, Tensor, Tensor]:
-        z = self._direction(z)
+        z = self.books[0].on_sphere(z)
         residual, total, loss, codes = z, torch.zeros_like(z), z.new_zeros(()), []
-        for level in list(self.levels)[:levels]:
-            quantized, index, commitment = level(residual)
-            quantized = quantized.detach()
-            residual, total, loss = residual - quantized, total + quantized, loss + commitment.sum()
+        for book in self.books[:levels]:
+            quantized, index = book(residual)
+            loss = loss + F.mse_loss(residual, quantized)
+            residual, total = residual - quantized, total + quantized
             codes.append(index)
         return z + (total - z).detach(), torch.stack(codes, -1), COMMITMENT * loss / len(codes)
 
     def search(self, z: Tensor, levels: int | None) -> Tensor:
-        residual, codes = self._direction(z), []
-        for codebook in self.codebooks()[:levels]:
-            index = nearest(residual.flatten(0, 1), codebook).view(residual.shape[:2])
-            residual = residual - codebook[index]
+        residual, codes = self.books[0].on_sphere(z), []
+        for book in self.books[:levels]:
+            index = book.search(residual)
+            residual = residual - book.entries[index]
             codes.append(index)
         return torch.stack(codes, -1)
 
     def vectors(self, codes: Tensor) -> Tensor:
-        books = self.codebooks()
-        return sum((books[i][codes[..., i]] for i in range(1, codes.shape[-1])), books[0][codes[..., 0]])
+        parts = [book.entries[codes[..., i]] for i, book in enumerate(self.books[: codes.shape[-1]])]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
 class SimVQuantizer(Quantizer):
@@ -294,7 +271,7 @@ def build_quantizer(
     Args:
         kind: one of ``KINDS``.
         dim: channels of the vectors.
-        codebook_dim: channels in which codes are searched; ``fsq`` has one a value of ``fsq_levels``, ``lfq`` one a bit.
+        codebook_dim: channels in which codes are searched; ``fsq`` and ``lfq`` have their own.
         codebook_size: codes a level.
         levels: residual levels; more than one for ``vq`` only.
         fsq_levels: values of each channel of ``fsq``; their product must be ``codebook_size``.
@@ -325,33 +302,11 @@ def build_quantizer(
     return VectorQuantizer(dim, codebook_dim, codebook_size, levels, vectors_per_batch, cosine=kind == "cosine")
 
 
-def k_means(vectors: Tensor, k: int, iterations: int = 10) -> Tensor:
-    """Centres float32 [k, d] of float32 [n, d] by Lloyd's algorithm from k vectors drawn by torch's generator.
-
-    A centre that loses all its vectors is put on a vector drawn anew.
-
-    Raises:
-        ConfigError: fewer vectors than centres.
-    """
-    if len(vectors) < k:
-        raise ConfigError(f"got {len(vectors)} vectors for {k} codes, expected at least as many: give more batches")
-    centres = vectors[torch.randperm(len(vectors))[:k].to(vectors.device)].clone()
-    for _ in range(iterations):
-        index = nearest(vectors, centres)
-        count = torch.bincount(index, minlength=k)
-        total = torch.zeros_like(centres).index_add_(0, index, vectors)
-        anew = vectors[torch.randint(len(vectors), (k,)).to(vectors.device)]
-        centres = torch.where(count[:, None] > 0, total / count.clamp_min(1)[:, None], anew)
-    return centres
-
-
 def mean_over_ranks(x: Tensor) -> Tensor:
     """The mean of a tensor over the ranks of a distributed run, with gradients; itself where there is one rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not distributed():
         return x
-    mean = x.detach().clone()
-    torch.distributed.all_reduce(mean)
-    mean /= torch.distributed.get_world_size()
+    mean = sum_over_ranks(x.detach().clone()) / torch.distributed.get_world_size()
     # Every rank's gradients are averaged again by DDP: this rank's share of the mean counts in full.
     return x + (mean - x).detach()
 

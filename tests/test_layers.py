@@ -32,6 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sniffing",),
     ("media",),
     ("documents",),
+    ("nearest",),
+    ("codebook",),
     ("quantizers",),
     ("codec",),
     ("text", "image", "audio"),

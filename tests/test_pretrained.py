@@ -17,8 +17,8 @@ from mmtok.multimodal import MultimodalTokenizer
 NAMES = ("text-4k", "image-64-f8", "audio-16k", "any-to-any")
 FINGERPRINTS = {
     "text-4k": "089043c5db97712fdfc1f566d8d561d4432e998b9cb3f50657c8085e6405d8fb",
-    "image-64-f8": "6b9709c53b717e6524545e906d825a5daffa406cedb15475be6f564d628b4367",
-    "audio-16k": "5c88787802f28b39fafb2dfaeb76b6f06cc5cfaafbbe2cf96319ef776d6375e5",
+    "image-64-f8": "226958ec33f431602eef16a186a5dded6d172ec429ce14bff6bbe168ec6c842c",
+    "audio-16k": "aec590c17ed04d777815d1864e5b05f0d4a8032fa9f2006bf9e0fd2fe3cd6088",
 }
 
 
