@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from mmtok.errors import MediaError, VocabularyError
 from mmtok.evaluation import metrics
-from mmtok.training.ssim import ms_ssim, ssim
+from mmtok.training.ssim import ms_min_side, ms_ssim, ssim
 
 
 def pictures(batch: int, height: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,14 +42,18 @@ def plain_ssim(x: np.ndarray, y: np.ndarray, data_range: float) -> float:
     return float(np.mean([np.mean(np.prod(maps(a, b, data_range), axis=0)) for a, b in zip(x, y, strict=True)]))
 
 
-def plain_ms_ssim(x: np.ndarray, y: np.ndarray) -> float:
+def plain_ms_ssim(x: np.ndarray, y: np.ndarray, scales: int = 5) -> float:
     scores = []
+    weights = np.array([0.0448, 0.2856, 0.3001, 0.2363, 0.1333][:scales])
+    last = scales - 1
     for a, b in zip(x, y, strict=True):
         score = 1.0
-        for scale, weight in enumerate([0.0448, 0.2856, 0.3001, 0.2363, 0.1333]):
+        for scale, weight in enumerate(weights / weights.sum()):
             luminance, contrast = maps(a, b, 1.0)
-            score *= (np.mean(luminance * contrast) if scale == 4 else np.mean(contrast)) ** weight
-            a, b = (z.reshape(z.shape[0] // 2, 2, z.shape[1] // 2, 2).mean((1, 3)) if scale < 4 else z for z in (a, b))
+            score *= (np.mean(luminance * contrast) if scale == last else np.mean(contrast)) ** weight
+            a, b = (
+                z.reshape(z.shape[0] // 2, 2, z.shape[1] // 2, 2).mean((1, 3)) if scale < last else z for z in (a, b)
+            )
         scores.append(score)
     return float(np.mean(scores))
 
@@ -80,6 +84,19 @@ def test_ms_ssim_is_wangs() -> None:
     expected = [plain_ms_ssim(a.numpy(), b.numpy()) for a, b in zip(x, y, strict=True)]
     np.testing.assert_allclose(ms_ssim(x, y).numpy(), expected, atol=1e-9)
     assert metrics.ms_ssim(x[..., :161, :161], y[..., :161, :161]).shape == (2,)
+
+
+@pytest.mark.parametrize("scales", [1, 3, 4])
+def test_ms_ssim_of_fewer_scales(scales: int) -> None:
+    x, y = pictures(2, 96, 88)
+    expected = [plain_ms_ssim(a.numpy(), b.numpy(), scales) for a, b in zip(x, y, strict=True)]
+    np.testing.assert_allclose(ms_ssim(x, y, scales=scales).numpy(), expected, atol=1e-9)
+    side = ms_min_side(scales)
+    assert ms_ssim(x[..., :side, :side], y[..., :side, :side], scales=scales).shape == (2,)
+    with pytest.raises(MediaError, match=f"sides of at least {side}"):
+        ms_ssim(x[..., : side - 1], y[..., : side - 1], scales=scales)
+    with pytest.raises(MediaError, match="expected 1 to 5"):
+        ms_ssim(x, y, scales=6)
 
 
 def test_equal_images() -> None:
@@ -255,6 +272,35 @@ def test_codebook_bounds(values: list[int]) -> None:
     half = len(values) // 2
     parts = [metrics.code_histogram(torch.tensor(v, dtype=torch.int32), 16) for v in (values[:half], values[half:])]
     assert torch.equal(parts[0] + parts[1], histogram)
+
+
+def plain_adaptive_bits(values: list[int], size: int, prior: float) -> float:
+    """One code after the other, each from the counts so far."""
+    counts, bits = [0] * size, 0.0
+    for n, value in enumerate(values):
+        bits -= math.log2((counts[value] + prior) / (n + prior * size))
+        counts[value] += 1
+    return bits
+
+
+@given(st.lists(st.integers(0, 15), min_size=1, max_size=60), st.sampled_from([0.05, 0.5, 1.0]), st.randoms())
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_adaptive_bits_are_those_of_the_loop(values: list[int], prior: float, chance) -> None:
+    got = metrics.adaptive_bits(metrics.code_histogram(torch.tensor(values), 16), prior)
+    assert got == pytest.approx(plain_adaptive_bits(values, 16, prior), rel=1e-9)
+    chance.shuffle(values)
+    assert got == pytest.approx(plain_adaptive_bits(values, 16, prior), rel=1e-9)
+
+
+def test_adaptive_bits_of_many_codes_come_to_the_entropy() -> None:
+    rng = np.random.default_rng(0)
+    skewed = torch.from_numpy(rng.geometric(0.05, 1_000_000) % 512)
+    histogram = metrics.code_histogram(skewed, 512)
+    per_token = metrics.adaptive_bits(histogram) / 1_000_000
+    # Learning K shares from n codes costs about (K - 1) / 2 log2 n bits.
+    assert metrics.entropy_bits(histogram) < per_token < metrics.entropy_bits(histogram) + 512 / 2 * 20 / 1_000_000
+    with pytest.raises(VocabularyError, match="without counts"):
+        metrics.adaptive_bits(torch.zeros(8))
 
 
 def test_bad_codes() -> None:

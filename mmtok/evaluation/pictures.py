@@ -1,0 +1,114 @@
+"""The pictures that tokenizers and their peers are measured on, and the progress bar of those passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TypeVar, overload
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from mmtok import media
+from mmtok.errors import DataError, MediaError
+from mmtok.training.corpus import Item, bucket, items
+
+T = TypeVar("T")
+
+
+def choose(source: Path, split: str | None = None, limit: int | None = None) -> tuple[list[Item], str | None]:
+    """Pictures of a folder or a manifest, and the split that they are from.
+
+    Args:
+        source: a folder, or a manifest (:mod:`mmtok.training.corpus`).
+        split: ``train``, ``val`` or ``test``; None: all of a folder, ``val`` of a manifest, never ``test``.
+        limit: at most so many, spread over the data by the hash of their names.
+
+    Raises:
+        DataError: there is none.
+    """
+    if split is None and not source.is_dir():
+        split = "val"
+    found = items(source, "image", split)
+    if limit is not None:
+        found = sorted(found, key=lambda x: (bucket(x.document), x.document))[:limit]
+    return found, split
+
+
+class Pictures(Sequence[np.ndarray]):
+    """Pictures as they look on white: uint8 [3, H, W] each. Files that cannot be read are left out.
+
+    Fitted pictures stay in memory; those of true sizes are read again whenever they are looked at, so that a set may
+    be larger than the memory.
+
+    Attributes:
+        names: of the pictures that can be read: path within the data.
+        sizes: (H, W) of each.
+        unreadable: a line for each file that cannot be read.
+    """
+
+    def __init__(self, chosen: Sequence[Item], size: int | None = None) -> None:
+        """Read every file once.
+
+        Args:
+            chosen: the files.
+            size: fit into a square of so many pixels, centred on white; None keeps the true sizes.
+
+        Raises:
+            DataError: none can be read.
+        """
+        self._size = size
+        self._items: list[Item] = []
+        self._kept: list[np.ndarray] = []
+        self.sizes: list[tuple[int, int]] = []
+        self.unreadable: list[str] = []
+        for item in progress(chosen, "reading"):
+            try:
+                pixels = self._read(item, "RGB")
+            except MediaError as error:
+                self.unreadable.append(str(error))
+                continue
+            self._items.append(item)
+            self.sizes.append((pixels.shape[1], pixels.shape[2]))
+            if size is not None:
+                self._kept.append(pixels)
+        if not self._items:
+            raise DataError(
+                f"none of {len(chosen)} pictures can be read; the first: {self.unreadable[0]}"
+                if chosen
+                else "got no pictures, expected at least one"
+            )
+        self.names = [str(item.segment["path"]) for item in self._items]
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> np.ndarray: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[np.ndarray]: ...
+    def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
+        """uint8 [3, H, W] on white."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return self._kept[index] if self._kept else self._read(self._items[index], "RGB")
+
+    def with_alpha(self, index: int) -> np.ndarray:
+        """uint8 [4, H, W], for tokenizers that keep the alpha channel."""
+        return self._read(self._items[index], "RGBA")
+
+    @property
+    def pixels(self) -> int:
+        """Of all pictures together."""
+        return sum(height * width for height, width in self.sizes)
+
+    def _read(self, item: Item, mode: str) -> np.ndarray:
+        pixels = media.read_image(item.path, mode)
+        return pixels if self._size is None else media.fit_image(pixels, self._size)
+
+
+def progress(sequence: Sequence[T], label: str) -> Iterable[T]:
+    """The sequence, with a progress bar on stderr while it is gone through, if that is a terminal."""
+    console = Console(stderr=True)
+    return track(sequence, label, console=console, transient=True, disable=not console.is_terminal)
