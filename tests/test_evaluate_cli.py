@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import dataclasses
 import json
 from pathlib import Path
 
@@ -25,7 +26,7 @@ CONFIG = ImageVQVAEConfig(
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pictures/: five, in two folders; first/ and second/: tokenizers of random weights."""
+    """pictures/: five, in two folders; first/ and second/: tokenizers of random weights, of one level and of two."""
     home = tmp_path_factory.mktemp("evaluate")
     rng = np.random.default_rng(0)
     for number, (height, width) in enumerate(SIZES):
@@ -36,7 +37,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         media.write_image(place / f"{number}.png", x)
     for seed, name in enumerate(("first", "second")):
         torch.manual_seed(seed)
-        model = ImageVQVAE(CONFIG)
+        model = ImageVQVAE(dataclasses.replace(CONFIG, levels=1 + seed))
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.2 * torch.randn_like(p))
@@ -58,9 +59,11 @@ def test_pictures_of_true_sizes(home: Path, tmp_path: Path, capsys: pytest.Captu
     assert report["tokenizers"]["first"]["fingerprint"] == ImageVQVAE.load(home / "first").fingerprint
     pixels = sum(h * w for h, w in SIZES)
     tokens = sum(-(-h // 8) * -(-w // 8) for h, w in SIZES)
-    for figures in report["tokenizers"].values():
-        assert figures["tokens"] == tokens
-        assert figures["bits_per_pixel"] == pytest.approx(5 * tokens / pixels, abs=1e-6)
+    for levels, figures in enumerate(report["tokenizers"].values(), 1):
+        assert figures["tokens"] == levels * tokens
+        assert figures["bits_per_pixel"] == pytest.approx(5 * levels * tokens / pixels, abs=1e-6)
+        assert len(figures["levels"]) == levels
+        assert [p["levels"] for p in figures["prefixes"]] == ([1, 2] if levels == 2 else [])
         assert 0 < figures["levels"][0]["usage"] <= 1
         assert 3 < figures["psnr_of_mean_error_db"] < 30
         assert 0 <= figures["codes_kept"] <= 1
