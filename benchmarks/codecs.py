@@ -1,10 +1,9 @@
-"""Figures of the bundled tokenizers on the test split, beside hand-made codecs on the same files in the same run.
+"""Figures of the bundled text and audio tokenizers on the test split, beside Opus on the same sounds in the same run.
 
     python benchmarks/codecs.py --data data
 
-Writes benchmarks/results/codecs.json. The only script that reads the test split of images, sounds and texts.
-Image peers: WebP and AVIF over one mosaic of all pictures, so that headers do not count; the setting nearest in bits.
-Audio peer: Opus at its lowest rate through libsndfile, payload without the Ogg pages' headers.
+Writes benchmarks/results/codecs.json. The only script that reads the test split of sounds and texts; that of pictures
+is read by image_quality.py. Opus at its lowest rate through libsndfile, payload without the Ogg pages' headers.
 """
 
 from __future__ import annotations
@@ -20,14 +19,13 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from PIL import Image as PILImage
 from rich.progress import track
 
 import mmtok
 from mmtok import media
 from mmtok.documents import Audio
 from mmtok.errors import MediaError
-from mmtok.evaluation.metrics import code_histogram, codebook_usage, log_mel_distance, perplexity, psnr, ssim, stoi
+from mmtok.evaluation.metrics import code_histogram, codebook_usage, log_mel_distance, perplexity, stoi
 from mmtok.evaluation.roundtrip import roundtrip_audio
 from mmtok.training.corpus import items
 
@@ -49,72 +47,6 @@ def text_figures(data: Path) -> dict:
             "identical": sum(a == b for a, b in zip(tokenizer.decode(ids), texts, strict=True)),
         }
     return out
-
-
-def image_figures(data: Path) -> dict:
-    """PSNR and SSIM at 64x64 on white, codebook usage, and the peers at the nearest bits per pixel."""
-    tokenizer = mmtok.load("image-64-f8")
-    out: dict = {"fingerprint": tokenizer.fingerprint}
-    test = items(data / "images.jsonl", "image", "test")
-    for source in sorted({x.source for x in test}):
-        pictures = []
-        for item in test:
-            if item.source == source:
-                try:
-                    pictures.append(media.fit_image(media.read_image(item.path), 64))
-                except MediaError:
-                    continue
-        x = torch.from_numpy(np.stack(pictures))
-        started = time.perf_counter()
-        codes = tokenizer.encode(x)
-        seconds = time.perf_counter() - started
-        y = tokenizer.decode(codes)
-        histogram = code_histogram(codes, tokenizer.codebook_sizes[0])
-        bits = codes[0].numel() * math.log2(tokenizer.codebook_sizes[0]) / 64**2
-        out[source] = {
-            "pictures": len(x),
-            "bits_per_pixel": round(bits, 4),
-            **_closeness(x, y),
-            "codebook_usage": round(float(codebook_usage(histogram)), 4),
-            "perplexity": round(float(perplexity(histogram)), 1),
-            "encode_images_per_second": round(len(x) / seconds, 1),
-            "peers": {n: _mosaic(x, n, bits) for n in ("WEBP", "AVIF")},
-        }
-    return out
-
-
-def _closeness(x: torch.Tensor, y: torch.Tensor) -> dict:
-    a, b = x.float() / 255, y.float() / 255
-    mse = float((a - b).square().mean())
-    return {
-        "psnr_of_mean_error_db": round(-10 * math.log10(mse), 2),
-        "psnr_mean_db": round(float(psnr(a, b).clamp(max=60).mean()), 2),
-        "ssim": round(float(ssim(a, b).mean()), 4),
-    }
-
-
-def _mosaic(x: torch.Tensor, form: str, target: float) -> dict | None:
-    """The peer's setting whose bits per pixel come nearest, over one mosaic."""
-    side = math.ceil(len(x) ** 0.5)
-    canvas = np.full((side * 64, side * 64, 3), 255, np.uint8)
-    for i, picture in enumerate(x.numpy()):
-        r, c = divmod(i, side)
-        canvas[r * 64 : r * 64 + 64, c * 64 : c * 64 + 64] = picture.transpose(1, 2, 0)
-    best = None
-    for quality in range(0, 61, 2):
-        buffer = io.BytesIO()
-        try:
-            PILImage.fromarray(canvas).save(buffer, form, quality=quality)
-        except (KeyError, OSError):
-            return None  # this Pillow was built without the format
-        bits = len(buffer.getvalue()) * 8 / (len(x) * 64**2)
-        if best is None or abs(bits - target) < abs(best[0] - target):
-            best = (bits, quality, buffer.getvalue())
-    bits, quality, payload = best
-    back = np.asarray(PILImage.open(io.BytesIO(payload)).convert("RGB"))
-    tiles = [back[r * 64 : r * 64 + 64, c * 64 : c * 64 + 64] for r, c in (divmod(i, side) for i in range(len(x)))]
-    y = torch.from_numpy(np.stack(tiles).transpose(0, 3, 1, 2).copy())
-    return {"quality": quality, "bits_per_pixel": round(bits, 4), **_closeness(x, y)}
 
 
 def audio_figures(data: Path, limit: int) -> dict:
@@ -193,7 +125,6 @@ def main() -> None:
     figures = {
         "machine": f"{platform.machine()}, one thread, torch {torch.__version__}",
         "text": text_figures(args.data),
-        "image": image_figures(args.data),
         "audio": audio_figures(args.data, args.limit),
     }
     RESULTS.write_text(json.dumps(figures, indent=2) + "\n")
