@@ -173,9 +173,9 @@ def migrate_ids(source: str | Path, target: str | Path, registry: VocabularyRegi
     """Migrate an ids.json; as :func:`migrate_dataset`."""
     old, documents = read_ids(source)
     translate = Translation(old, registry)
-    new = [(name, translate(ids, f"{source}: document {i} ({name})")) for i, (name, ids) in enumerate(documents)]
+    new = [x._replace(ids=translate(x.ids, f"{source}: document {i} ({x.name})")) for i, x in enumerate(documents)]
     write_ids(target, registry, new)
-    before, after = (sum(len(ids) for _, ids in x) for x in (documents, new))
+    before, after = (sum(len(x.ids) for x in entries) for entries in (documents, new))
     return DataReport(len(new), before, after, tuple(translate.relaid), translate.dropped)
 
 

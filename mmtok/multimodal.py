@@ -2,10 +2,14 @@
 
 It joins a registry (who owns which ids), the tokenizers that the registry names, and the grammar. Every tokenizer's
 fingerprint is checked against the registry, so that ids never meet a codec that did not make them.
+
+An image of any size is padded to whole codes. Ids say how many codes it has, not how many pixels: its size travels
+beside the ids (``sizes``), and ``decode`` crops to it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +21,13 @@ from mmtok import media
 from mmtok.documents import Audio, Document, Image, Text, Turn
 from mmtok.errors import MediaError, VocabularyError, VocabularyMismatchError
 from mmtok.grammar import Grammar, Span
+from mmtok.image.tokenizer import match_channels
 from mmtok.loading import find_tokenizer, load, read_vocabulary
-from mmtok.recovery import Policy, Recovery, recover
+from mmtok.recovery import Edit, Policy, Recovery, recover
 from mmtok.registry import MODALITIES, TokenizerSpec, VocabularyRegistry
 
 Segment = Text | Image | Audio | Turn
+ImageSizes = Sequence[tuple[int, int] | None]
 
 
 def spec_of(name: str, tokenizer: Any, levels: int | None = None, headroom: int = 0, layout: str = "") -> TokenizerSpec:
@@ -129,15 +135,19 @@ class MultimodalTokenizer:
             document: what to encode.
             use: modality -> name of the tokenizer to use, where the vocabulary has several; else the default one.
 
-        Audio is mixed to mono and resampled to its codec's rate; images must be a multiple of their tokenizer's
-        downsample factor (``fit`` brings any image there).
+        Audio is mixed to mono and resampled to its codec's rate; images are padded to whole codes, see ``sizes``.
 
         Raises:
-            MediaError: an image of another size; text with a lone surrogate.
+            MediaError: text with a lone surrogate.
             VocabularyError: an image with more codes on a side than the vocabulary's grid; an unknown tokenizer.
         """
         r = self.registry
         return np.concatenate([np.array([r.bos]), *self._segments(document.segments, use or {}), np.array([r.eos])])
+
+    def sizes(self, document: Document) -> list[tuple[int, int]]:
+        """(H, W) in pixels of each image of a document, in order: what ``decode`` crops to."""
+        shapes = [segment.pixels.shape for segment in document.segments if isinstance(segment, Image)]
+        return [(height, width) for _, height, width in shapes]
 
     def prompt(self, segments: Sequence[Segment], use: Mapping[str, str] | None = None) -> np.ndarray:
         """A user turn and the start of the answer: ``<bos> <user> segments <assistant>``, int64 [n]; as ``encode``."""
@@ -179,31 +189,23 @@ class MultimodalTokenizer:
                 return codes[0, :levels].numpy()
 
     def fit(self, segment: Segment, image_size: int | None = None, tokenizer: str | None = None) -> Segment:
-        """The segment as ``encode`` takes it. An image is fitted or cropped, any other segment stays as it is.
+        """An image fitted into a square of whole codes, on white; any other segment stays as it is.
 
         Args:
             segment: any.
-            image_size: fit the image into a square of so many pixels on white; None crops it at the right and bottom to
-                a multiple of the downsample factor.
+            image_size: side of the square in pixels; None leaves the image as it is.
             tokenizer: name of the image tokenizer that will encode it; None for the default one.
 
         Raises:
-            MediaError: an image smaller than one code, or an ``image_size`` that is no multiple of the factor.
+            MediaError: an ``image_size`` that is no multiple of the tokenizer's downsample factor.
             VocabularyError: no image tokenizer of this name.
         """
-        if not isinstance(segment, Image):
+        if not isinstance(segment, Image) or image_size is None:
             return segment
         factor = self.tokenizers[self.choose("image", tokenizer).name].properties["downsample"]
-        if image_size is not None:
-            if image_size < 1 or image_size % factor:
-                raise MediaError(f"got an image size of {image_size} pixels, expected a multiple of {factor}")
-            return Image(media.fit_image(segment.pixels, image_size))
-        height, width = (n - n % factor for n in segment.pixels.shape[1:])
-        if not height or not width:
-            raise MediaError(
-                f"got an image of {list(segment.pixels.shape[1:])} pixels, expected at least {factor} a side"
-            )
-        return Image(np.ascontiguousarray(segment.pixels[:, :height, :width]))
+        if image_size < 1 or image_size % factor:
+            raise MediaError(f"got an image size of {image_size} pixels, expected a multiple of {factor}")
+        return Image(media.fit_image(segment.pixels, image_size))
 
     def _segments(self, segments: Sequence[Segment], use: Mapping[str, str]) -> list[np.ndarray]:
         unknown = sorted(set(use) - set(MODALITIES))
@@ -221,45 +223,90 @@ class MultimodalTokenizer:
 
     # --- decode
 
-    def decode(self, ids: Any) -> Document:
+    def decode(self, ids: Any, sizes: ImageSizes | None = None) -> Document:
         """The document of a whole id sequence; strict: nothing is repaired or dropped.
 
         Text that is not UTF-8, which only sampled ids can give, has U+FFFD in the place of the bad bytes.
 
+        Args:
+            ids: integers [n].
+            sizes: (H, W) in pixels of each image, in order, as ``sizes`` gives them; None, for one or for all, keeps
+                the padding to whole codes.
+
         Raises:
             SequenceError: the ids break the grammar; position, got and expected are named.
+            MediaError: another number of sizes than of images, or a size that an image's codes are not of.
         """
         ids = self.grammar.checked(ids)
-        return Document(tuple(x for span in self.grammar.spans(ids) if (x := self.decode_span(ids, span)) is not None))
+        spans = self.grammar.spans(ids)
+        images = [span for span in spans if span.kind == "image"]
+        sizes = [None] * len(images) if sizes is None else sizes
+        if len(sizes) != len(images):
+            raise MediaError(f"got {len(sizes)} image sizes for {len(images)} images, expected one of each, or none")
+        of = dict(zip(images, sizes, strict=True))
+        return Document(tuple(x for span in spans if (x := self.decode_span(ids, span, of.get(span))) is not None))
 
-    def recover(self, ids: Any, policy: Policy) -> tuple[Document, Recovery]:
+    def recover(self, ids: Any, policy: Policy, sizes: ImageSizes | None = None) -> tuple[Document, Recovery]:
         """The document of ids that may break the grammar, and what was changed to read it.
 
         Args:
             ids: integers [n].
             policy: ``repair`` or ``drop``, see :mod:`mmtok.recovery`.
+            sizes: as for ``decode``, one for each image opening in ``ids``. What is no size of the image that was
+                recovered is not used, and the edits say so.
 
         Raises:
             ConfigError: another policy.
             VocabularyError: not a one-dimensional array of integers.
         """
         recovery = recover(self.grammar, ids, policy)
-        return self.decode(recovery.ids), recovery
+        if sizes is None:
+            return self.decode(recovery.ids), recovery
+        openings = [self.registry.opening(t.name) for t in self.registry.tokenizers if t.modality == "image"]
+        before = np.flatnonzero(np.isin(self.grammar.checked(ids), openings))
+        images = [span for span in self.grammar.spans(recovery.ids) if span.kind == "image"]
+        used: list[tuple[int, int] | None] = []
+        edits = list(recovery.edits)
+        for span, position in zip(images, recovery.images, strict=True):
+            why = f"{len(before)} images have {len(sizes)} sizes"
+            size = None
+            if len(before) == len(sizes):
+                size = sizes[int(np.searchsorted(before, position))]
+                fits = size is None or self.tokenizers[span.tokenizer].grid(size) == span.shape[:2]
+                why = "" if fits else f"it has another grid than its size, {'x'.join(map(str, size or ()))} pixels"
+            used.append(None if why else size)
+            if why:
+                what = f"an image of {span.shape[0]}x{span.shape[1]} codes keeps its padding, as {why}"
+                edits.append(Edit("padded", position, span.end - span.start, what))
+        edits.sort(key=lambda edit: edit.position)
+        return self.decode(recovery.ids, used), dataclasses.replace(recovery, edits=tuple(edits))
 
-    def decode_span(self, ids: Any, span: Span) -> Segment | None:
-        """The segment of one span; None for control tokens that are no turn."""
+    def decode_span(self, ids: Any, span: Span, size: tuple[int, int] | None = None) -> Segment | None:
+        """The segment of one span; None for control tokens that are no turn.
+
+        Args:
+            ids: integers [n], those that the span was parsed from.
+            span: of ``grammar.spans(ids)``.
+            size: (H, W) in pixels of an image; None for the size of its codes.
+
+        Raises:
+            MediaError: a size that the codes are not of.
+        """
         if span.kind == "control":
             return Turn(span.name.strip("<>")) if span.name in ("<user>", "<assistant>") else None
         codes = self.grammar.segment_codes(ids, span)
         tokenizer = self.tokenizers[span.tokenizer]
         if span.kind == "text":
             return Text(tokenizer.decode([codes])[0])
-        if span.kind == "image" and codes.ndim == 2 and len(tokenizer.codebook_sizes) > 1:
-            codes = codes[..., None]  # the first level of several
+        if span.kind == "image":
+            if codes.ndim == 2 and len(tokenizer.codebook_sizes) > 1:
+                codes = codes[..., None]  # the first level of several
+            try:
+                return Image(match_channels(tokenizer.decode(torch.from_numpy(codes)[None], size), 3)[0].numpy())
+            except MediaError as error:
+                raise MediaError(f"image at {span.start}: {error}") from error
         if isinstance(codes, tuple):
             x = tokenizer.decode([torch.from_numpy(level)[None] for level in codes])[0].numpy()
         else:
             x = tokenizer.decode(torch.from_numpy(codes)[None])[0].numpy()
-        if span.kind == "image":
-            return Image(x)
         return Audio(x, int(self.registry.tokenizer(span.tokenizer).properties["sample_rate"]))

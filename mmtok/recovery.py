@@ -26,7 +26,8 @@ class Edit:
     """One change.
 
     Attributes:
-        action: ``removed``, ``inserted``, ``replaced`` or ``moved`` (a code that stays, behind ones it stood before).
+        action: ``removed``, ``inserted``, ``replaced`` or ``moved`` (a code that stays, behind ones it stood before);
+            of media also ``padded`` (an image that keeps the padding to whole codes, as its size is not known).
         position: in the original ids; of an insertion, the id that it stands before.
         count: how many ids.
         what: what and why, in words.
@@ -48,10 +49,12 @@ class Recovery:
     Attributes:
         ids: int64 [n], a whole document.
         edits: in order of their positions; empty if the original was valid.
+        images: for each image of ``ids``, where its opening was in the original.
     """
 
     ids: np.ndarray
     edits: tuple[Edit, ...]
+    images: tuple[int, ...]
 
 
 def recover(grammar: Grammar, ids: Any, policy: Policy) -> Recovery:
@@ -82,6 +85,7 @@ class _Recoverer:
         self.classes = grammar.classes(ids)
         self.parts: list[np.ndarray] = []
         self.edits: list[Edit] = []
+        self.images: list[int] = []
         self._known: dict[str, np.ndarray] = {}  # by tokenizer, so that many damaged segments cost no more than one
 
     def run(self) -> Recovery:
@@ -111,7 +115,7 @@ class _Recoverer:
             at = end
         self._end(at)
         out = np.concatenate(self.parts).astype(np.int64)
-        return Recovery(out, tuple(sorted(self.edits, key=lambda e: e.position)))
+        return Recovery(out, tuple(sorted(self.edits, key=lambda e: e.position)), tuple(self.images))
 
     def _end(self, at: int) -> None:
         """The <eos>, and of what follows the padding."""
@@ -129,6 +133,7 @@ class _Recoverer:
         span = self.grammar.read_segment(self.ids, self.classes, at)
         if span is not None:
             self.parts.append(self.ids[at : span.end])
+            self.images += [at] * (b.layout is None)
             return span.end
         end = self._extent(at, b)
         closed = end > at + 1 and self.ids[end - 1] == b.closing
@@ -146,6 +151,7 @@ class _Recoverer:
         if not closed:
             self._edit("inserted", end, 1, f"{self.registry.describe(b.closing)}, which was missing")
         self.parts += [self.ids[at : at + 1], made, np.array([b.closing])]
+        self.images += [at] * (b.layout is None)
         return end
 
     def _extent(self, at: int, b: Bracketed) -> int:

@@ -1,17 +1,20 @@
 """The file ids.json: documents as ids, together with the whole vocabulary that says what the ids mean.
 
-    {"format": 1, "fingerprint": "3720...", "vocabulary": {vocab.json}, "documents": [{"name": "cow", "ids": [1, ...]}]}
+    {"format": 1, "fingerprint": "3720...", "vocabulary": {vocab.json}, "documents": [
+        {"name": "cow", "ids": [1, ...], "image_sizes": [[37, 53]]}]}
 
-So the file describes itself: it can be inspected, decoded or migrated wherever its tokenizers are, and never meets a
-model of another vocabulary unnoticed. For many documents there are the token shards of ``mmtok.datasets.shards``.
+``image_sizes``, which may be left out, has height and width in pixels of each image, or null for one of unknown size,
+which keeps the padding to whole codes. So the file describes itself: it can be inspected, decoded or migrated wherever
+its tokenizers are, and never meets a model of another vocabulary unnoticed. For many documents there are the token
+shards of ``mmtok.datasets.shards``.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,27 +26,46 @@ from mmtok.registry import VocabularyRegistry
 FORMAT = 1
 
 
-def write_ids(path: str | Path, registry: VocabularyRegistry, documents: Iterable[tuple[str, Any]]) -> None:
+class Entry(NamedTuple):
+    """A document of an ids.json.
+
+    Attributes:
+        name: any.
+        ids: integers [n].
+        sizes: (H, W) in pixels of each image, in order, None for an unknown one; None or nothing if none is known.
+            Whether they fit the images is for the tokenizers to say, when the ids are decoded.
+    """
+
+    name: str
+    ids: Any
+    sizes: Sequence[tuple[int, int] | None] | None = None
+
+
+def write_ids(path: str | Path, registry: VocabularyRegistry, documents: Iterable[Entry | tuple[str, Any]]) -> None:
     """Write an ids.json, atomically.
 
     Args:
         path: the file.
         registry: the vocabulary of the ids.
-        documents: a name and the ids of each document: integers [n] in 0..padded_size-1, numpy, torch or a list.
+        documents: each as an ``Entry``, or its name and ids: integers [n] in 0..padded_size-1, numpy, torch or a list.
             Whether they follow the grammar is not asked, so that broken sequences can be kept and repaired.
 
     Raises:
-        DataError: a name that is no str.
+        DataError: a name that is no str, or a size that is none.
         VocabularyError: an id outside the vocabulary; its document and position are named.
     """
     entries = []
-    for number, (name, ids) in enumerate(documents):
+    for number, document in enumerate(documents):
+        name, ids, sizes = Entry(*document)
         if not isinstance(name, str):
             raise DataError(f"document {number} has the name {name!r}, expected a str")
         array = integers(ids, f"document {number} ({name})")
         if array.ndim != 1:
             raise VocabularyError(f"document {number} ({name}) has shape {list(array.shape)}, expected [n]")
-        entries.append({"name": name, "ids": _checked(array.tolist(), registry, f"document {number} ({name})")})
+        entry = {"name": name, "ids": _checked(array.tolist(), registry, f"document {number} ({name})")}
+        if sizes:
+            entry["image_sizes"] = _checked_sizes(list(sizes), f"document {number} ({name})")
+        entries.append(entry)
     value = {
         "format": FORMAT,
         "fingerprint": registry.fingerprint,
@@ -53,11 +75,11 @@ def write_ids(path: str | Path, registry: VocabularyRegistry, documents: Iterabl
     atomic_write(path, (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode())
 
 
-def read_ids(path: str | Path) -> tuple[VocabularyRegistry, list[tuple[str, np.ndarray]]]:
+def read_ids(path: str | Path) -> tuple[VocabularyRegistry, list[Entry]]:
     """Read what ``write_ids`` wrote, and check it in full.
 
     Returns:
-        The vocabulary, and a name and int64 [n] of each document.
+        The vocabulary, and the documents, their ids int64 [n].
 
     Raises:
         DataError: no such file, not JSON, another format, or a part that is missing or of the wrong type.
@@ -90,16 +112,18 @@ def read_ids(path: str | Path) -> tuple[VocabularyRegistry, list[tuple[str, np.n
     return registry, [_read(entry, registry, f"{path}: document {i}") for i, entry in enumerate(value["documents"])]
 
 
-def _read(entry: Any, registry: VocabularyRegistry, where: str) -> tuple[str, np.ndarray]:
-    if not isinstance(entry, dict) or set(entry) != {"name", "ids"}:
+def _read(entry: Any, registry: VocabularyRegistry, where: str) -> Entry:
+    if not isinstance(entry, dict) or {*entry, "image_sizes"} != {"name", "ids", "image_sizes"}:
         got = ", ".join(sorted(entry)) if isinstance(entry, dict) else type(entry).__name__
-        raise DataError(f"{where}: got {got or 'nothing'}, expected an object with name and ids")
+        raise DataError(f"{where}: got {got or 'nothing'}, expected an object with name, ids and perhaps image_sizes")
     name, ids = entry["name"], entry["ids"]
     if not isinstance(name, str) or not isinstance(ids, list):
         raise DataError(
             f"{where}: name and ids are of type {type(name).__name__} and {type(ids).__name__}, expected str and list"
         )
-    return name, np.array(_checked(ids, registry, f"{where} ({name})"), np.int64)
+    array = np.array(_checked(ids, registry, f"{where} ({name})"), np.int64)
+    sizes = entry.get("image_sizes")
+    return Entry(name, array, None if sizes is None else _checked_sizes(sizes, f"{where} ({name})"))
 
 
 def _checked(ids: list[Any], registry: VocabularyRegistry, where: str) -> list[int]:
@@ -111,3 +135,13 @@ def _checked(ids: list[Any], registry: VocabularyRegistry, where: str) -> list[i
                 f"{where}, position {position}: got {registry.describe(x)}; is this sequence from another vocabulary?"
             )
     return ids
+
+
+def _checked_sizes(sizes: Any, where: str) -> list[tuple[int, int] | None]:
+    if not isinstance(sizes, list):
+        raise DataError(f"{where}: image_sizes is of type {type(sizes).__name__}, expected a list")
+    for i, size in enumerate(sizes):
+        pair = isinstance(size, list | tuple) and len(size) == 2 and all(type(n) is int and n >= 1 for n in size)
+        if size is not None and not pair:
+            raise DataError(f"{where}, image {i}: got the size {size!r}, expected null or [height, width] in pixels")
+    return [None if size is None else (size[0], size[1]) for size in sizes]

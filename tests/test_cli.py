@@ -52,7 +52,7 @@ def test_nine_directions(source: str, target: str, files: dict, tmp_path: Path, 
     for segment in report["segments"]:
         assert (out / segment["file"]).is_file()
         assert all(v for v in segment["check"].values() if isinstance(v, bool)), segment
-    registry, ((_, ids),) = read_ids(out / "ids.json")
+    registry, ((_, ids, _),) = read_ids(out / "ids.json")
     listing = [json.loads(line) for line in (out / "listing.jsonl").read_text().splitlines()]
     assert [row["id"] for row in listing] == ids.tolist()
     assert len(ids) == report["prompt_tokens"] + report["new_tokens"]

@@ -68,7 +68,7 @@ def run(*arguments: object, capsys: pytest.CaptureFixture, code: int = 0) -> str
 def test_files_come_back(files: dict, tmp_path: Path, tokenizer: MultimodalTokenizer, capsys) -> None:
     order = [files[name] for name in ("note.txt", "disc.png", "empty.txt", "tone.wav")]
     report = json.loads(run("encode", *order, "-o", tmp_path / "ids.json", "--json", capsys=capsys))
-    registry, ((name, ids),) = read_ids(tmp_path / "ids.json")
+    registry, ((name, ids, _),) = read_ids(tmp_path / "ids.json")
     assert registry == tokenizer.registry
     assert report["vocabulary"] == registry.fingerprint
     assert (name, report["tokens"]) == ("ids", len(ids))
@@ -106,7 +106,39 @@ def test_neighbouring_texts_and_own_sizes(files: dict, tmp_path: Path, capsys) -
     run("decode", tmp_path / "ids.json", "-o", tmp_path / "out", capsys=capsys)
     assert (tmp_path / "out/text_0.txt").read_text() == TEXT + "une vache"
     assert (tmp_path / "out/text_2.txt").read_text() == "une vache"
-    assert media.read_image(tmp_path / "out/image_1.png").shape == (3, 40, 24)
+    assert media.read_image(tmp_path / "out/image_1.png").shape == (3, 40, 30)
+
+
+def test_a_picture_of_any_size_comes_back_with_its_size(tmp_path: Path, tokenizer: MultimodalTokenizer, capsys) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 37, 53), np.uint8)
+    for name, x in zip("ab", pixels, strict=True):
+        media.write_image(tmp_path / f"{name}.png", x)
+    file, out = tmp_path / "ids.json", tmp_path / "out"
+    run("encode", tmp_path / "a.png", tmp_path / "b.png", "--image-size", 0, "-o", file, capsys=capsys)
+    (entry,) = json.loads(file.read_text())["documents"]
+    assert entry["image_sizes"] == [[37, 53], [37, 53]]
+    run("vocab", "migrate", file, "--to", "any-to-any", "-o", tmp_path / "moved.json", capsys=capsys)
+    assert (tmp_path / "moved.json").read_bytes() == file.read_bytes()
+    codec = tokenizer.tokenizers["image-64-f8"]
+    expected = [codec.decode(codec.encode(torch.from_numpy(x)[None]))[0, :, :37, :53].numpy() for x in pixels]
+
+    def decoded(*policy: str) -> list[np.ndarray]:
+        run("decode", file, "--out", out, *policy, capsys=capsys)
+        return [media.read_image(out / f"image_{i}.png") for i in range(2)]
+
+    assert np.array_equal(decoded(), expected)
+    assert np.array_equal(decoded("--policy", "drop"), expected)
+    for sizes, says in (
+        ([[37, 53], [37, 64]], "image at 40: got a size of 37x64 pixels for 5x7 codes"),
+        ([None], "got 1 image sizes for 2 images"),
+    ):
+        value = json.loads(file.read_text())
+        value["documents"][0]["image_sizes"] = sizes
+        file.write_text(json.dumps(value))
+        line = run("decode", file, "--out", tmp_path / "no", capsys=capsys, code=2)
+        assert f"{file}, document 'ids', {says}" in line
+        assert not (tmp_path / "no").exists()
+    assert [x.shape for x in decoded("--policy", "repair")] == [(3, 40, 56)] * 2
 
 
 def test_separate_documents(files: dict, tmp_path: Path, capsys) -> None:
@@ -114,7 +146,7 @@ def test_separate_documents(files: dict, tmp_path: Path, capsys) -> None:
     evil.write_text("x")
     run("encode", "--separate", files["note.txt"], evil, files["note.txt"], "-o", tmp_path / "ids.json", capsys=capsys)
     _, documents = read_ids(tmp_path / "ids.json")
-    assert [name for name, _ in documents] == ["note", ".. up", "note"]
+    assert [document.name for document in documents] == ["note", ".. up", "note"]
     out = run("decode", tmp_path / "ids.json", "--out", tmp_path / "a" / "b", capsys=capsys)
     assert [p.relative_to(tmp_path / "a/b").as_posix() for p in sorted((tmp_path / "a").rglob("*.txt"))] == [
         "0_note/text_0.txt",
@@ -172,7 +204,7 @@ def test_a_picture_is_fitted_for_the_tokenizer_that_is_used(files: dict, tmp_pat
     )
     run("vocab", "create", "image-64-f8", tmp_path / "fine", "-o", tmp_path / "v", capsys=capsys)
     arguments = ["encode", files["disc.png"], "--model", tmp_path / "v", "-o", tmp_path / "ids.json"]
-    for use, shape in ((["--use", "image=fine"], [10, 7]), ([], [5, 3])):
+    for use, shape in ((["--use", "image=fine"], [10, 8]), ([], [5, 4])):
         report = json.loads(run(*arguments, *use, "--image-size", 0, "--json", capsys=capsys))
         assert report["documents"][0]["segments"][0]["shape"] == shape
     run(*arguments, "--use", "image=fine", "--image-size", 20, capsys=capsys)
@@ -267,7 +299,7 @@ def test_bad_decode(
 
 def test_migrate_ids_and_datasets(files: dict, tmp_path: Path, two_codecs: Path, capsys) -> None:
     run("encode", files["disc.png"], files["more.txt"], files["tone.wav"], "-o", tmp_path / "a.json", capsys=capsys)
-    old, ((_, ids),) = read_ids(tmp_path / "a.json")
+    old, ((_, ids, _),) = read_ids(tmp_path / "a.json")
     write_dataset(tmp_path / "a", old, [ids, ids])
     for source, target, kind in (("a.json", "b.json", "ids"), ("a", "b", "dataset")):
         arguments = ["vocab", "migrate", tmp_path / source, "--to", two_codecs, "-o", tmp_path / target]
@@ -313,7 +345,7 @@ def test_migrate_a_dataset_to_another_layout(files: dict, tmp_path: Path, two_co
         capsys=capsys,
     )
     assert "laid out anew: second" in out
-    (_, ((_, ids),)), tokens = read_ids(tmp_path / "b.json"), len(documents[0][1])
+    (_, ((_, ids, _),)), tokens = read_ids(tmp_path / "b.json"), len(documents[0][1])
     assert len(ids) == tokens - 2  # the fills of one step
     assert f"{tokens} tokens before, {tokens - 2} after" in out
 

@@ -156,7 +156,7 @@ def test_two_ids_do_not_become_one() -> None:
 @pytest.mark.parametrize("new", [GROWN, SWAPPED, DELAYED])
 def test_datasets_and_ids_files(tmp_path: Path, new: VocabularyRegistry) -> None:
     write_dataset(tmp_path / "old", OLD, [ids_of(OLD), ids_of(OLD, CODES[:2])], shard_tokens=20)
-    write_ids(tmp_path / "old.json", OLD, [("a", ids_of(OLD)), ("b", ids_of(OLD, CODES[:2]))])
+    write_ids(tmp_path / "old.json", OLD, [("a", ids_of(OLD)), ("b", ids_of(OLD, CODES[:2]), [(5, 7), None])])
     expected = [ids_of(new).tolist(), ids_of(new, CODES[:2]).tolist()]
     reports = [
         migrate_dataset(tmp_path / "old", tmp_path / "new", new),
@@ -166,7 +166,10 @@ def test_datasets_and_ids_files(tmp_path: Path, new: VocabularyRegistry) -> None
     assert [ids.tolist() for ids in migrated] == expected
     registry, back = read_ids(tmp_path / "new.json")
     assert registry == new
-    assert [(name, ids.tolist()) for name, ids in back] == [("a", expected[0]), ("b", expected[1])]
+    assert [(name, ids.tolist(), sizes) for name, ids, sizes in back] == [
+        ("a", expected[0], None),
+        ("b", expected[1], [(5, 7), None]),
+    ]
     assert reports[0] == reports[1]
     assert reports[0] == migration.DataReport(
         2,

@@ -43,8 +43,8 @@ def mm(parts: dict) -> MultimodalTokenizer:
 segment = st.one_of(
     st.builds(Text, st.text(st.characters(exclude_categories=["Cs"]), max_size=12)),
     st.builds(
-        lambda h, w, seed: Image(np.random.default_rng(seed).integers(0, 256, (3, 8 * h, 8 * w), np.uint8)),
-        *[st.integers(1, 4)] * 2,
+        lambda h, w, seed: Image(np.random.default_rng(seed).integers(0, 256, (3, h, w), np.uint8)),
+        *[st.integers(1, 32)] * 2,
         st.integers(0, 9),
     ),
     st.builds(
@@ -60,17 +60,21 @@ segment = st.one_of(
 @given(st.lists(segment, max_size=6))
 def test_documents_come_back(mm: MultimodalTokenizer, segments: list) -> None:
     document = Document(tuple(segments)).normalized()
-    ids = mm.encode(document)
-    back = mm.decode(ids)
+    ids, sizes = mm.encode(document), mm.sizes(document)
+    back = mm.decode(ids, sizes)
     assert [type(x) for x in back.segments] == [type(x) for x in document.segments]
     for made, given_ in zip(back.segments, document.segments, strict=True):
         match given_:
             case Text() | Turn():
                 assert made == given_
             case Image(pixels):
-                assert made.pixels.shape == pixels.shape
+                picture = torch.from_numpy(pixels)[None]
+                codec = mm.tokenizers["pictures"]
+                assert np.array_equal(made.pixels, codec.decode(codec.encode(picture), pixels.shape[1:])[0].numpy())
             case Audio(samples):
                 assert made.samples.shape[1] == -(-samples.shape[1] // 320) * 320
+    padded = [x.pixels.shape[1:] for x in mm.decode(ids).segments if isinstance(x, Image)]
+    assert padded == [tuple(-(-side // 8) * 8 for side in size) for size in sizes]
     # Codes -> ids -> codes is the identity, whatever the codecs make of the media.
     for span in mm.grammar.spans(ids):
         if span.kind != "control":
@@ -109,14 +113,33 @@ def test_sound_is_resampled_and_mixed(mm: MultimodalTokenizer) -> None:
     assert made.samples.shape == (1, 16_000)
 
 
-def test_pictures_that_do_not_fit(mm: MultimodalTokenizer) -> None:
+def test_sizes_are_those_of_the_images(mm: MultimodalTokenizer) -> None:
+    shapes = [(20, 37), (8, 8), (1, 65)]
+    document = Document(tuple(Image(np.full((3, *shape), 90, np.uint8)) for shape in shapes))
+    ids = mm.encode(document)
+    assert mm.sizes(document) == shapes
+    assert mm.sizes(Document((Text("a"),))) == []
+    assert [x.pixels.shape for x in mm.decode(ids, [None, (3, 5), None]).segments] == [
+        (3, 24, 40),
+        (3, 3, 5),
+        (3, 8, 72),
+    ]
+    for sizes, message in (
+        (shapes[:2], "got 2 image sizes for 3 images"),
+        ([], "got 0 image sizes for 3 images"),
+        ([(20, 37), (8, 9), None], r"image at 20: got a size of 8x9 pixels for 1x1 codes, expected 1\.\.8 by 1\.\.8"),
+        ([None, None, (0, 65)], "image at 25: got a size of 0x65"),
+    ):
+        with pytest.raises(MediaError, match=message):
+            mm.decode(ids, sizes)
+
+
+def test_fitted_pictures(mm: MultimodalTokenizer) -> None:
     odd = Image(np.zeros((3, 20, 37), np.uint8))
-    with pytest.raises(MediaError, match="multiples of 8"):
-        mm.encode(Document((odd,)))
-    assert mm.fit(odd).pixels.shape == (3, 16, 32)
+    assert mm.fit(odd) is odd
     assert mm.fit(odd, 64).pixels.shape == (3, 64, 64)
-    with pytest.raises(MediaError, match="at least 8"):
-        mm.fit(Image(np.zeros((3, 5, 9), np.uint8)))
+    with pytest.raises(MediaError, match="expected a multiple of 8"):
+        mm.fit(odd, 20)
     with pytest.raises(VocabularyError, match="64"):
         mm.encode(Document((Image(np.zeros((3, 8, 8 * 65), np.uint8)),)))
 
@@ -285,3 +308,33 @@ def test_damaged_ids_decode_to_what_is_left_of_them(mm: MultimodalTokenizer) -> 
     whole, untouched = mm.recover(ids, "repair")
     assert whole == mm.decode(ids)
     assert untouched.edits == ()
+
+
+def test_sizes_go_with_the_images_that_are_recovered(mm: MultimodalTokenizer) -> None:
+    document = Document(tuple(Image(np.full((3, 20, 29 + i), 60 * i, np.uint8)) for i in range(3)))
+    ids, sizes = mm.encode(document), mm.sizes(document)
+    whole, untouched = mm.recover(ids, "repair", sizes)
+    assert whole == mm.decode(ids, sizes)
+    assert untouched.edits == ()
+    middle = [s for s in mm.grammar.spans(ids) if s.kind == "image"][1]
+    broken = ids.copy()
+    broken[middle.start + 6] = mm.registry.block("text").start  # in the first of three rows
+
+    def shapes(policy: str, ids: np.ndarray, sizes: list | None) -> tuple[list, list[str]]:
+        kept, recovery = mm.recover(ids, policy, sizes)  # type: ignore[arg-type]
+        return [x.pixels.shape[1:] for x in kept.segments], [str(e) for e in recovery.edits if e.action == "padded"]
+
+    assert shapes("drop", broken, sizes) == ([(20, 29), (20, 31)], [])
+    what = "position 17: padded 12 ids: an image of 2x4 codes keeps its padding, as "
+    grid = what + "it has another grid than its size, 20x30 pixels"
+    assert shapes("repair", broken, sizes) == ([(20, 29), (16, 32), (20, 31)], [grid])
+    assert shapes("repair", broken, [sizes[0], None, sizes[2]]) == ([(20, 29), (16, 32), (20, 31)], [])
+    padded, account = shapes("repair", broken, sizes[:2])  # whose they are is not known
+    assert padded == [(24, 32), (16, 32), (24, 32)]
+    assert account[1] == what + "3 images have 2 sizes"
+    assert len(account) == 3
+    assert shapes("repair", broken, None) == (padded, [])
+    lost = np.delete(ids, middle.start)
+    padded, account = shapes("drop", lost, sizes)
+    assert padded == [(24, 32)] * 2
+    assert account[1].endswith("an image of 3x4 codes keeps its padding, as 2 images have 3 sizes")

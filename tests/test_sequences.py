@@ -19,7 +19,9 @@ REGISTRY = VocabularyRegistry.create(
     [TokenizerSpec("words", "text", (50,), "w"), TokenizerSpec("sounds", "audio", (8, 8), "s", 2)], max_grid=4
 )
 names = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
-documents = st.lists(st.tuples(names, st.lists(st.integers(0, REGISTRY.padded_size - 1), max_size=9)), max_size=4)
+ids = st.lists(st.integers(0, REGISTRY.padded_size - 1), max_size=9)
+sizes = st.lists(st.one_of(st.none(), st.tuples(st.integers(1, 10**6), st.integers(1, 10**6))), max_size=3)
+documents = st.lists(st.tuples(names, ids, sizes), max_size=4)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -29,8 +31,8 @@ def test_what_is_written_comes_back(tmp_path_factory: pytest.TempPathFactory, va
     write_ids(path, REGISTRY, value)
     registry, back = read_ids(path)
     assert registry == REGISTRY
-    assert [(name, ids.tolist()) for name, ids in back] == value
-    assert all(ids.dtype == np.int64 and ids.ndim == 1 for _, ids in back)
+    assert [(name, ids.tolist(), sizes or []) for name, ids, sizes in back] == value
+    assert all(x.ids.dtype == np.int64 and x.ids.ndim == 1 for x in back)
 
 
 def test_numpy_torch_and_lists_are_one(tmp_path: Path) -> None:
@@ -47,6 +49,7 @@ def test_numpy_torch_and_lists_are_one(tmp_path: Path) -> None:
         (("a", [1, -1]), VocabularyError, "document 1 (a), position 1: got id -1 outside the vocabulary of 128"),
         (("a", [REGISTRY.padded_size]), VocabularyError, "position 0"),
         ((3, [1]), DataError, "name 3"),
+        (("a", [1], [(5, 0)]), DataError, "document 1 (a), image 0: got the size (5, 0)"),
     ],
 )
 def test_bad_documents_are_not_written(tmp_path: Path, entry: tuple, error: type, says: str) -> None:
@@ -85,6 +88,14 @@ DAMAGE = {
     "bool": (lambda v: v["documents"][1]["ids"].append(True), DataError, "got True"),
     "nested": (lambda v: v["documents"][1]["ids"].append([1]), DataError, "got [1]"),
     "outside": (lambda v: v["documents"][0]["ids"].append(10**30), VocabularyError, "outside the vocabulary"),
+    "sizes": (lambda v: v["documents"][0].update(image_sizes=5), DataError, "image_sizes is of type int"),
+    "size": (
+        lambda v: v["documents"][1].update(image_sizes=[None, [1, 2.0]]),
+        DataError,
+        "document 1 (b), image 1: got the size [1, 2.0], expected null or [height, width] in pixels",
+    ),
+    "sides": (lambda v: v["documents"][1].update(image_sizes=[[1, 2, 3]]), DataError, "got the size [1, 2, 3]"),
+    "bool side": (lambda v: v["documents"][1].update(image_sizes=[[True, 2]]), DataError, "got the size [True, 2]"),
     "negative": (lambda v: v["documents"][0]["ids"].append(-1), VocabularyError, "id -1"),
 }
 

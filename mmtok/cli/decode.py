@@ -13,7 +13,7 @@ import typer
 
 from mmtok.cli.tables import print_table
 from mmtok.documents import Document, Turn, save_document
-from mmtok.errors import DataError, SequenceError
+from mmtok.errors import DataError, MediaError, SequenceError
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.sequences import read_ids
 
@@ -50,15 +50,15 @@ def decode(
     tokenizer = MultimodalTokenizer.load(model)
     tokenizer.registry.check_same(registry, str(file))
     decoded: list[tuple[str, Document, list[dict[str, Any]]]] = []
-    for name, ids in documents:
+    for name, ids, sizes in documents:
         edits: list[dict[str, Any]] = []
         if policy is Policy.strict:
             try:
-                document = tokenizer.decode(ids)
-            except SequenceError as error:
+                document = tokenizer.decode(ids, sizes)
+            except (SequenceError, MediaError) as error:
                 raise DataError(f"{file}, document {name!r}, {error}; --policy repair or drop goes on") from error
         else:
-            document, recovery = tokenizer.recover(ids, "repair" if policy is Policy.repair else "drop")
+            document, recovery = tokenizer.recover(ids, "repair" if policy is Policy.repair else "drop", sizes)
             edits = [
                 {"action": e.action, "position": e.position, "count": e.count, "what": e.what, "text": str(e)}
                 for e in recovery.edits

@@ -18,7 +18,7 @@ from mmtok.documents import Document, Text, load_segment
 from mmtok.errors import ConfigError, VocabularyError
 from mmtok.multimodal import MultimodalTokenizer, Segment
 from mmtok.registry import MODALITIES
-from mmtok.sequences import write_ids
+from mmtok.sequences import Entry, write_ids
 
 
 def encode(
@@ -31,7 +31,7 @@ def encode(
         list[str] | None, typer.Option(help="MODALITY=NAME: another tokenizer than the first of a modality.")
     ] = None,
     image_size: Annotated[
-        int, typer.Option(min=0, help="Fit pictures into a square of so many pixels; 0 only crops to whole codes.")
+        int, typer.Option(min=0, help="Fit pictures into a square of so many pixels; 0 keeps their size.")
     ] = IMAGE_SIZE,
     separate: Annotated[bool, typer.Option("--separate", help="Make a document of each file.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
@@ -50,18 +50,20 @@ def encode(
     fitted = [tokenizer.fit(segment, image_size or None, chosen.get("image")) for segment in segments]
     parts = list(zip(files, fitted, strict=True))
     groups = [[part] for part in parts] if separate else [parts]
-    documents, entries = [], []
+    documents: list[Entry] = []
+    entries = []
     for group in groups:
-        ids = tokenizer.encode(Document(tuple(segment for _, segment in group)), use=chosen)
+        document = Document(tuple(segment for _, segment in group))
+        ids = tokenizer.encode(document, use=chosen)
         name = _text(group[0][0].stem if separate else out.stem)
-        documents.append((name, ids))
+        documents.append(Entry(name, ids, tokenizer.sizes(document)))
         entries.append({"name": name, "tokens": len(ids), "segments": _segments(tokenizer, ids, group)})
     write_ids(out, tokenizer.registry, documents)
     report = {
         "file": str(out),
         "model": model,
         "vocabulary": tokenizer.registry.fingerprint,
-        "tokens": sum(len(ids) for _, ids in documents),
+        "tokens": sum(len(document.ids) for document in documents),
         "documents": entries,
     }
     if as_json:
