@@ -14,9 +14,11 @@ import mmtok
 from mmtok import media
 from mmtok.documents import Document, Image, Text
 from mmtok.errors import SequenceError, VocabularyError
+from mmtok.evaluation.roundtrip import roundtrip_image
 from mmtok.export import names_of_ids
 from mmtok.grammar import Grammar, Restriction
 from mmtok.image import ImageVQVAE, ImageVQVAEConfig
+from mmtok.image.tokenizer import match_channels
 from mmtok.listing import listing
 from mmtok.migration import Translation
 from mmtok.multimodal import MultimodalTokenizer, spec_of
@@ -207,3 +209,25 @@ def test_the_commands(parts: dict, tmp_path: Path, capsys: pytest.CaptureFixture
     saved = mmtok.load(tmp_path / "rvq")
     codes = saved.encode(torch.from_numpy(pixels)[None])[..., :2]
     assert np.array_equal(media.read_image(out / "image_0.png"), saved.decode(codes)[0].numpy())
+
+
+def test_bits_are_those_of_all_levels_over_the_pixels_of_the_picture(parts: dict) -> None:
+    picture = Image(np.random.default_rng(2).integers(0, 256, (3, 13, 10), np.uint8))
+    back, figures = roundtrip_image(parts["rvq"], picture)
+    assert back.pixels.shape == (3, 13, 10)
+    assert (figures["tokens"], figures["bits"]) == (4 * 3 * 3, 4 * 3 * 3 * 4.0)
+    assert figures["bits_per_pixel"] == round(144 / 130, 4)
+
+
+def test_a_tokenizer_with_alpha_gives_pictures_without() -> None:
+    torch.manual_seed(0)
+    config = ImageVQVAEConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=16, alpha=True)
+    codec = ImageVQVAE(config).eval()
+    mm = MultimodalTokenizer.create({"rgba": codec})
+    picture = Image(np.full((3, 9, 5), 70, np.uint8))
+    document = Document((picture,))
+    (back,) = mm.decode(mm.encode(document), mm.sizes(document)).segments
+    seen = codec.decode(codec.encode(torch.from_numpy(picture.pixels)[None]), (9, 5))
+    assert seen.shape == (1, 4, 9, 5)
+    assert np.array_equal(back.pixels, match_channels(seen, 3)[0].numpy())  # type: ignore[union-attr]
+    assert roundtrip_image(codec, picture)[0] == back

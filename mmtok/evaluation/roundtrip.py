@@ -12,6 +12,7 @@ from mmtok import media
 from mmtok.documents import Audio, Image, Text
 from mmtok.errors import MediaError
 from mmtok.evaluation.metrics import log_mel_distance, psnr, ssim, stoi
+from mmtok.image.tokenizer import match_channels
 
 
 def roundtrip_text(tokenizer: Any, segment: Text) -> tuple[Text, dict[str, Any]]:
@@ -31,17 +32,16 @@ def roundtrip_text(tokenizer: Any, segment: Text) -> tuple[Text, dict[str, Any]]
 def roundtrip_image(tokenizer: Any, segment: Image) -> tuple[Image, dict[str, Any]]:
     """Through an image tokenizer: tokens, bits, bits per pixel, PSNR in dB and SSIM.
 
-    Sides that are no multiple of the downsample factor are padded with their last row and column and cut back after.
-    PSNR is None for an exact copy, SSIM is None for sides below 11 pixels.
+    Bits per pixel are over the pixels of the picture, although the codes span its padding too. PSNR is None for an
+    exact copy, SSIM is None for sides below 11 pixels.
     """
-    factor = int(tokenizer.properties["downsample"])
     height, width = segment.pixels.shape[1:]
-    padded = np.pad(segment.pixels, ((0, 0), (0, -height % factor), (0, -width % factor)), mode="edge")
-    codes = tokenizer.encode(torch.from_numpy(padded)[None])
-    back = tokenizer.decode(codes)[0, :, :height, :width].numpy()
-    x, y = (torch.from_numpy(np.ascontiguousarray(a))[None].float() / 255 for a in (segment.pixels, back))
+    pixels = torch.from_numpy(np.ascontiguousarray(segment.pixels))[None]
+    codes = tokenizer.encode(pixels)
+    back = match_channels(tokenizer.decode(codes, (height, width)), 3)
+    x, y = (a.float() / 255 for a in (pixels, back))
     level = float(psnr(x, y)[0])
-    bits = _bits(codes.numel(), tokenizer.codebook_sizes)
+    bits = _bits(codes.shape[1] * codes.shape[2], tokenizer.codebook_sizes)
     figures = {
         **bits,
         "height": height,
@@ -50,7 +50,7 @@ def roundtrip_image(tokenizer: Any, segment: Image) -> tuple[Image, dict[str, An
         "psnr_db": round(level, 2) if math.isfinite(level) else None,
         "ssim": round(float(ssim(x, y)[0]), 4) if min(height, width) >= 11 else None,
     }
-    return Image(np.ascontiguousarray(back)), figures
+    return Image(back[0].numpy()), figures
 
 
 def roundtrip_audio(tokenizer: Any, segment: Audio, levels: int | None = None) -> tuple[Audio, dict[str, Any]]:
@@ -70,7 +70,7 @@ def roundtrip_audio(tokenizer: Any, segment: Audio, levels: int | None = None) -
     x = torch.from_numpy(np.ascontiguousarray(mono, np.float32))[None]
     codes = tokenizer.encode(x) if levels is None else tokenizer.encode(x, levels)
     y = tokenizer.decode(codes, x.shape[-1])
-    bits = _bits(codes.shape[-1] * codes.shape[-2], tokenizer.codebook_sizes)
+    bits = _bits(codes.shape[-1], tokenizer.codebook_sizes[: codes.shape[-2]])
     score = float(stoi(x, y, rate)[0])
     figures = {
         **bits,
@@ -83,6 +83,6 @@ def roundtrip_audio(tokenizer: Any, segment: Audio, levels: int | None = None) -
     return Audio(y[0].numpy(), rate), figures
 
 
-def _bits(tokens: int, sizes: tuple[int, ...]) -> dict[str, Any]:
-    """Nominal bits: every token as long as the logarithm of its codebook."""
-    return {"tokens": tokens, "bits": round(tokens * math.log2(sizes[0]), 1)}
+def _bits(places: int, sizes: tuple[int, ...]) -> dict[str, Any]:
+    """Of places with a token of each codebook. Nominal bits: every token as long as the logarithm of its codebook."""
+    return {"tokens": places * len(sizes), "bits": round(places * sum(map(math.log2, sizes)), 1)}
