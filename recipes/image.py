@@ -1,9 +1,13 @@
-"""Train the image tokenizer: a convolutional VQ-VAE with downsample factor 8 (64 tokens for 64x64 pixels).
+"""Train an image tokenizer: a convolutional VQ-VAE with the quantizer of your choice.
 
     python recipes/image.py --data data/images.jsonl --out runs/image-64-f8
-    python recipes/image.py --data my/pictures --out runs/mine --set steps=2000 --model channels=96
+    python recipes/image.py --data my/pictures --out runs/mine --set steps=2000 --model downsample=4 channels=96
+    python recipes/image.py --data my/pictures --out runs/fsq --model quantizer=fsq fsq_levels=[8,8,8] codebook_size=512
+    python recipes/image.py --data my/pictures --out runs/sharp --loss critic=0.1 critic_start=10000 gradient=0.2
+    torchrun --nproc-per-node 2 recipes/image.py --data my/pictures --out runs/two
 
---data is a manifest or a folder. A killed run continues where it was when the same command is given again.
+--data is a folder, a manifest, WebDataset shards, torchvision:NAME:ROOT or hf:NAME (recipes/README.md). A killed run
+continues where it was when the same command is given again.
 """
 
 from __future__ import annotations
@@ -13,94 +17,132 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.nn import functional as F
+from mmtok.training.pictures import open_pictures
+from torch import Tensor, nn
 
-from mmtok import media
-from mmtok.image import ImageVQVAE, ImageVQVAEConfig
-from mmtok.training.corpus import items
+from mmtok.evaluation.metrics import code_histogram, codebook_usage, perplexity
+from mmtok.image import ImageVQVAE, ImageVQVAEConfig, match_channels, premultiply
+from mmtok.training.adversarial import Critic, adaptive_weight
 from mmtok.training.data import load_images
-from mmtok.training.loop import LoopConfig, fit, prepare_torch, rng
+from mmtok.training.distributed import share
+from mmtok.training.loop import STATE, LoopConfig, Metrics, Pictures, fit, prepare_torch, rng
+from mmtok.training.losses import PictureLoss, perceptual_distance
 from mmtok.training.ssim import ssim
 
-SIZE = 64  # pixels of a training picture
-# Where a training picture comes from: a window of the whole picture fitted into so many pixels, or of a photograph.
-SHARES = {64: 0.5, 80: 0.15, 160: 0.2}
-PHOTOS = 0.15  # share of photographs in a batch, of which there are few files but many windows
-TURNED, RECOLOURED = 0.25, 0.25  # share of pictures turned by quarters or with channels exchanged
+# Where a training picture comes from: a window of the whole picture fitted into so many times the side of a window,
+# or of a photograph, of which there are few files but many windows.
+SHARES = {1.0: 0.5, 1.25: 0.15, 2.5: 0.2}
+PHOTOS, PHOTO_SIDE = 0.15, 1024
+TURNED, RECOLOURED = 0.25, 0.25  # share of pictures turned by quarters or with colours exchanged
+VECTORS_A_CODE = 32  # from which the codebook is initialised
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=Path("data/images.jsonl"))
+    parser.add_argument("--data", default="data/images.jsonl", help="folder, manifest, shards, torchvision:.. or hf:..")
     parser.add_argument("--out", type=Path, default=Path("runs/image-64-f8"))
+    parser.add_argument("--size", type=int, default=64, help="pixels a side of a training picture")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="override the schedule")
     parser.add_argument("--model", nargs="*", default=[], metavar="key=value", help="override the model's shape")
-    parser.add_argument("--ssim", type=float, default=0.05, help="weight of 1 - SSIM beside the squared error")
+    parser.add_argument("--loss", nargs="*", default=[], metavar="key=value", help="override the weights of the loss")
     args = parser.parse_args()
-    config = LoopConfig(steps=15000, batch_size=64, lr=1.5e-3, warmup=100, ema=0.999, eval_every=500, save_every=500).replace(args.set)
+    config = LoopConfig(
+        steps=13000, batch_size=64, lr=1.5e-3, warmup=100, ema=0.999, eval_every=500, save_every=250
+    ).replace(args.set)
     shape = ImageVQVAEConfig(channels=64, encoder_blocks=1, decoder_blocks=2, codebook_size=2048).replace(args.model)
+    distance = PictureLoss().replace(args.loss)
+    size, channels = args.size, 4 if shape.alpha else 3
     device = prepare_torch(config)
 
+    # Data: whole pictures, and larger copies that windows are cut from, for detail at several scales.
     cache = args.out.parent / "cache"
-    train = items(args.data, "image", "train")
+    train = open_pictures(args.data, "train")
     photos = [x for x in train if "wallpapers" in x.source]
-    sources = [(load_images(train, size, cache), share) for size, share in SHARES.items()]
+    sources = [(load_images(train, round(size * scale), cache, shape.alpha), part) for scale, part in SHARES.items()]
     if photos:
-        sources.append((load_images(photos, 1024, cache), PHOTOS))
-    chances = np.array([share for _, share in sources]) / sum(share for _, share in sources)
-    val = torch.from_numpy(np.array(load_images(items(args.data, "image", "val"), SIZE, cache))).to(device)
+        sources.append((load_images(photos, max(size, PHOTO_SIDE), cache, shape.alpha), PHOTOS))
+    chances = np.array([part for _, part in sources]) / sum(part for _, part in sources)
+    val = torch.from_numpy(np.array(load_images(open_pictures(args.data, "val"), size, cache, shape.alpha)))
 
-    def batch(step: int) -> torch.Tensor:
-        r = rng(config, step)
-        out = np.empty((config.batch_size, 3, SIZE, SIZE), np.uint8)
-        for i, kind in enumerate(r.choice(len(sources), config.batch_size, p=chances)):
-            pictures = sources[kind][0]
-            picture = pictures[r.integers(len(pictures))]
-            y, x = (r.integers(side - SIZE + 1) for side in picture.shape[1:])
-            window = picture[:, y : y + SIZE, x : x + SIZE]
-            if r.random() < 0.5:
-                window = window[:, :, ::-1]
-            if r.random() < TURNED:
-                window = np.rot90(window, r.integers(1, 4), (1, 2))
-            if r.random() < RECOLOURED:
-                window = window[r.permutation(3)]
-            out[i] = window
-        return torch.from_numpy(out).to(device)
+    def example(r: np.random.Generator) -> np.ndarray:
+        pictures = sources[r.choice(len(sources), p=chances)][0]
+        picture = pictures[r.integers(len(pictures))]
+        y, x = (r.integers(side - size + 1) for side in picture.shape[1:])
+        window = picture[:, y : y + size, x : x + size]
+        if r.random() < 0.5:
+            window = window[:, :, ::-1]
+        if r.random() < TURNED:
+            window = np.rot90(window, r.integers(1, 4), (1, 2))
+        if r.random() < RECOLOURED:
+            window = window[[*r.permutation(3), *range(3, channels)]]
+        return window
 
-    model = ImageVQVAE(shape, vectors_per_batch=config.batch_size * (SIZE // shape.downsample) ** 2)
+    def batch(step: int) -> Tensor:
+        x = np.stack([example(rng(config, step, i)) for i in share(config.batch_size)])
+        pixels = torch.from_numpy(x).to(device).float() / 127.5 - 1
+        return (premultiply(pixels) if shape.alpha else pixels).contiguous(memory_format=torch.channels_last)
+
+    # Model: the codec, and a critic where its loss has a weight. One backward pass serves both.
+    codec = ImageVQVAE(shape, vectors_per_batch=config.batch_size * (size // shape.downsample) ** 2)
+    critic = Critic(channels) if distance.critic else None
+    model = nn.ModuleDict({"codec": codec, **({"critic": critic} if critic else {})})
     model = model.to(device, memory_format=torch.channels_last)
+    lpips = perceptual_distance(device) if distance.perceptual else None
+    if not (args.out / STATE).exists():
+        found: list[Tensor] = []
+        with torch.no_grad():
+            while sum(map(len, found)) < VECTORS_A_CODE * shape.codebook_size:
+                found.append(codec.encoder(batch(config.steps + len(found))).flatten(2).transpose(1, 2).flatten(0, 1))
+        codec.quantizer.initialise(torch.cat(found))
 
-    # Loss: squared error, structure, and the commitment of the encoder to its codes.
-    def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
-        x = (batch(step).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
-        y, codes, commitment = model(x)
-        with torch.autocast(device.type, enabled=False):  # SSIM subtracts nearly equal numbers: not in bfloat16
-            mse = F.mse_loss(y.float(), x)
-            structure = 1 - ssim(y.float(), x, data_range=2.0).mean()
-        total = mse + args.ssim * structure + commitment
-        psnr = 10 * torch.log10(4 / mse.detach())
-        return total, {"loss": total.item(), "psnr": psnr.item(), "used": codes.unique().numel() / shape.codebook_size}
+    # Loss: the distance, the commitment of the encoder to its codes, and from some step on the critic's opinion.
+    seen = [torch.zeros(n, dtype=torch.int64) for n in codec.codebook_sizes]  # codes since the last evaluation
 
-    # Evaluation: figures over the val split, and a sheet of fixed originals over reconstructions.
-    def evaluate(step: int) -> dict[str, float]:
-        codes = model.encode(val)
-        back = model.decode(codes)
-        counts = torch.bincount(codes.flatten(), minlength=shape.codebook_size).double()
-        p = counts / counts.sum()
-        error = (back.float() - val.float()).square().mean((1, 2, 3))
-        rows = [torch.cat(list(x[i : i + 16]), 2) for i in (0, 16) for x in (val, back) if len(val) >= i + 16]
-        if rows:
-            media.write_image(args.out / "samples" / f"{step:06}.png", torch.cat(rows, 1).cpu().numpy())
-        return {
-            "val_psnr": float((10 * torch.log10(65025 / error.clamp(min=1e-3))).mean()),
-            "val_psnr_of_mse": float(10 * torch.log10(65025 / error.mean())),
-            "val_ssim": float(ssim(back.float() / 255, val.float() / 255).mean()),
-            "val_usage": float((counts > 0).double().mean()),
-            "val_perplexity": float(torch.exp(-(p[p > 0] * p[p > 0].log()).sum())),
+    def loss(step: int) -> tuple[Tensor, Metrics]:
+        x = batch(step)
+        y, codes, own = codec(x)
+        for count, code in zip(seen, codes.unbind(-1), strict=True):
+            count += code_histogram(code.cpu(), len(count))
+        error = distance(y, x, lpips)
+        total = error + own
+        live = {"psnr": float(10 * torch.log10(4 / (y.detach().float() - x).square().mean()))}
+        if critic and step >= distance.critic_start - distance.critic_warmup:
+            judged, real, fake = critic.own_loss(x, y)
+            total = total + judged
+            live |= {"critic": judged.item(), "real": real.item(), "fake": fake.item()}
+            if step >= distance.critic_start:
+                adversarial = critic.codec_loss(y)
+                total = total + distance.critic * adaptive_weight(error, adversarial, codec.last) * adversarial
+        return total, {"loss": total.item(), **live}
+
+    # Evaluation: figures over the val split, the codebook's life in training, fixed originals over reconstructions.
+    def evaluate(step: int) -> tuple[Metrics, Pictures]:
+        codes = codec.encode(val)
+        back = codec.decode(codes)
+        x, y = (match_channels(z, 3).float() / 255 for z in (val, back))
+        error = (y - x).square().mean((1, 2, 3))
+        rows = [torch.cat(list(z[i : i + 16]), 2) for i in (0, 16) for z in (x, y) if len(val) >= i + 16]
+        figures = {
+            "val_psnr": float((-10 * torch.log10(error.clamp(min=1e-6))).mean()),
+            "val_psnr_of_mse": float(-10 * torch.log10(error.mean())),
+            "val_ssim": float(ssim(y, x).mean()),
         }
+        for level, (count, code) in enumerate(zip(seen, levels(codes), strict=True)):
+            name, histogram = f"_{level}" if level else "", code_histogram(code, len(count))
+            figures |= {f"val_usage{name}": codebook_usage(histogram), f"val_perplexity{name}": perplexity(histogram)}
+            if count.sum():
+                dead = float((count < 0.1 * count.sum() / len(count)).sum())
+                figures |= {
+                    f"usage{name}": codebook_usage(count), f"perplexity{name}": perplexity(count), f"dead{name}": dead
+                }  # fmt: skip
+                count.zero_()
+        return figures, {"": (torch.cat(rows, 1) * 255).round().byte().numpy()} if rows else {}
+
+    def levels(codes: Tensor) -> list[Tensor]:
+        return list(codes.unbind(-1)) if len(codec.codebook_sizes) > 1 else [codes]
 
     fit(model, config, args.out, loss, evaluate, "image tokenizer")
-    model.save(args.out / "model")
+    codec.save(args.out / "model")
     print(f"wrote {args.out / 'model'}; use it with mmtok.load")
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmtok.codec import exact
@@ -28,8 +28,8 @@ WHITE = (255, 255, 255)
 Size = tuple[int, int]
 
 
-class ImageTokenizer(ABC):
-    """Encode uint8 pictures to codes and decode codes to uint8 pictures. Mixed into a ``torch.nn.Module``.
+class ImageTokenizer(nn.Module, ABC):
+    """Encode uint8 pictures to codes and decode codes to uint8 pictures.
 
     Attributes:
         modality: ``image``.
@@ -138,18 +138,18 @@ class ImageTokenizer(ABC):
             raise MediaError(f"got a tile of {tile} pixels, expected at least 1, or None for whole pictures")
         if isinstance(codes, Tensor):
             whole = self._levelled(codes)
-            self._check_size(whole, size)
+            one = self._checked_size(whole, size)
             if not len(whole):
-                h, w = size or (n * self.downsample for n in whole.shape[1:3])  # type: ignore[misc]
-                return torch.zeros(0, self.channels, h, w, dtype=torch.uint8)
-            return torch.cat([self._decode(x[None], size, tile) for x in whole])  # type: ignore[arg-type]
+                f = self.downsample
+                height, width = one or (whole.shape[1] * f, whole.shape[2] * f)
+                return torch.zeros(0, self.channels, height, width, dtype=torch.uint8)
+            return torch.cat([self._decode(x[None], one, tile) for x in whole])
         sizes = [None] * len(codes) if size is None else list(size)
         if len(sizes) != len(codes):
             raise MediaError(f"got {len(sizes)} sizes for {len(codes)} pictures, expected one of each")
         rows = [self._levelled(x[None]) for x in codes]
-        for row, one in zip(rows, sizes, strict=True):
-            self._check_size(row, one)
-        return [self._decode(row, one, tile)[0] for row, one in zip(rows, sizes, strict=True)]  # type: ignore[arg-type]
+        checked = [self._checked_size(row, one) for row, one in zip(rows, sizes, strict=True)]
+        return [self._decode(row, one, tile)[0] for row, one in zip(rows, checked, strict=True)]
 
     def grid(self, size: Size) -> Size:
         """(h, w): how many codes a picture of (H, W) pixels has."""
@@ -157,11 +157,11 @@ class ImageTokenizer(ABC):
 
     # --- one picture
 
-    @exact  # type: ignore[arg-type]
+    @exact
     def _encode(self, pixels: Tensor, background: tuple[int, int, int], tile: int | None) -> Tensor:
         """uint8 [1, 3 or 4, H, W] -> int64 [1, h, w, levels]."""
         f = self.downsample
-        device = next(self.parameters()).device  # type: ignore[attr-defined]
+        device = next(self.parameters()).device
         height, width = pixels.shape[2:]
 
         def piece(top: int, bottom: int, left: int, right: int) -> Tensor:
@@ -173,11 +173,11 @@ class ImageTokenizer(ABC):
         halo = None if self.halo is None else self.halo // f
         return in_tiles(piece, h, w, f, 1, None if tile is None else -(-tile // f), halo)
 
-    @exact  # type: ignore[arg-type]
+    @exact
     def _decode(self, codes: Tensor, size: Size | None, tile: int | None) -> Tensor:
         """int64 [1, h, w, levels] -> uint8 [1, channels, H, W]."""
         f = self.downsample
-        device = next(self.parameters()).device  # type: ignore[attr-defined]
+        device = next(self.parameters()).device
 
         def piece(top: int, bottom: int, left: int, right: int) -> Tensor:
             y = self.to_pixels(codes[:, top:bottom, left:right].to(device))
@@ -217,14 +217,17 @@ class ImageTokenizer(ABC):
         if min(sides) < 1:
             raise MediaError(f"got a picture of {sides[0]}x{sides[1]} pixels, expected at least 1 a side")
 
-    def _check_size(self, codes: Tensor, size: Size | Sequence[Size] | None) -> None:
-        if size is not None and (len(size) != 2 or self.grid(size) != tuple(codes.shape[1:3])):  # type: ignore[arg-type]
-            h, w = codes.shape[1:3]
+    def _checked_size(self, codes: Tensor, size: Any) -> Size | None:
+        if size is None:
+            return None
+        h, w = codes.shape[1:3]
+        if len(size) != 2 or self.grid((int(size[0]), int(size[1]))) != (h, w):
             f = self.downsample
             raise MediaError(
                 f"got a size of {'x'.join(map(str, size))} pixels for {h}x{w} codes, expected "
                 f"{(h - 1) * f + 1}..{h * f} by {(w - 1) * f + 1}..{w * f}"
             )
+        return int(size[0]), int(size[1])
 
 
 def match_channels(pixels: Tensor, channels: int, background: tuple[int, int, int] = WHITE) -> Tensor:

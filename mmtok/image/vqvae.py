@@ -130,7 +130,7 @@ class ImageVQVAE(ImageTokenizer, CodecModel):
         self.decode_halo = -(-decoder // config.downsample)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass: float [B, channels, H, W] in -1..1 -> (reconstruction, codes [B, h, w, levels], quantizer's loss).
+        """Training pass: float [B, channels, H, W] in -1..1 -> (reconstruction, codes [B, h, w, levels], own loss).
 
         H and W are multiples of ``downsample``; RGBA is premultiplied, see ``premultiply``.
         """
@@ -138,6 +138,11 @@ class ImageVQVAE(ImageTokenizer, CodecModel):
         b, d, h, w = z.shape
         q, codes, loss = self.quantizer(z.permute(0, 2, 3, 1).reshape(b, h * w, d))
         return self.decoder(q.reshape(b, h, w, d).permute(0, 3, 1, 2)), codes.unflatten(1, (h, w)), loss
+
+    @property
+    def last(self) -> Tensor:
+        """Weights of the decoder's last layer, for ``mmtok.training.adversarial.adaptive_weight``."""
+        return self.decoder[-2].weight  # type: ignore[return-value]
 
     @property
     def downsample(self) -> int:

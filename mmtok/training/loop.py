@@ -2,7 +2,8 @@
 
 Everything that the next step depends on is in the checkpoint: weights, buffers, optimizer state, the random
 generator of torch and the step. Batches are drawn from (seed, step), never from a running iterator. A run that was
-killed and resumed therefore continues to the last bit as if it had not been.
+killed and resumed therefore continues to the last bit as if it had not been. Under torchrun the ranks share each batch
+(``mmtok.training.distributed``); rank 0 evaluates, logs and saves.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from torch import Tensor, nn
 from mmtok.checkpoints import atomic_write, load_strict, load_tensors, tensors_to_bytes
 from mmtok.config import Config
 from mmtok.errors import CheckpointError, ConfigError, DataError
+from mmtok.media import write_image
+from mmtok.training import distributed
 from mmtok.training.averaging import Average
 
 STATE = "state.safetensors"
@@ -35,6 +38,7 @@ LOG = "metrics.jsonl"
 HEARTBEAT_S = 30.0  # where the progress bar cannot be drawn, in a log file, a line this often
 
 Metrics = dict[str, float]
+Pictures = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +47,7 @@ class LoopConfig(Config):
 
     Attributes:
         steps: optimizer steps of the whole run.
-        batch_size: examples a step (rows of packed tokens, for the transformer).
+        batch_size: examples a step (rows of packed tokens, for the transformer), over all ranks.
         lr: peak learning rate of AdamW (https://arxiv.org/abs/1711.05101).
         warmup: steps of linear warm-up; cosine decay to a hundredth of the peak follows.
         weight_decay: on matrices and kernels, not on vectors.
@@ -84,7 +88,8 @@ class LoopConfig(Config):
 
 
 def prepare_torch(config: LoopConfig) -> torch.device:
-    """Seed torch, set the threads, and choose the device: a GPU where there is one."""
+    """Seed torch, set the threads, join the other ranks, and choose the device: a GPU where there is one."""
+    distributed.start()
     if config.threads:
         torch.set_num_threads(config.threads)
     _keep_freed_memory()
@@ -103,9 +108,9 @@ def _keep_freed_memory() -> None:
             libc.mallopt(m_top_pad, 2**28)
 
 
-def rng(config: LoopConfig, step: int) -> np.random.Generator:
-    """The generator that draws the batch of one step."""
-    return np.random.default_rng((config.seed, step))
+def rng(config: LoopConfig, step: int, example: int | None = None) -> np.random.Generator:
+    """The generator that draws the batch of one step, or one example of it, whichever rank takes it."""
+    return np.random.default_rng((config.seed, step) if example is None else (config.seed, step, example))
 
 
 def optimizer_for(model: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
@@ -123,7 +128,7 @@ def fit(
     config: LoopConfig,
     run: Path,
     loss: Callable[[int], tuple[Tensor, Metrics]],
-    evaluate: Callable[[int], Metrics],
+    evaluate: Callable[[int], Metrics | tuple[Metrics, Pictures]],
     description: str,
 ) -> None:
     """Train to ``config.steps``, resuming from ``run`` if a checkpoint is there.
@@ -134,7 +139,9 @@ def fit(
             and the threads.
         run: directory of the checkpoint and of metrics.jsonl.
         loss: step -> (scalar loss, metrics to show); must draw its data from ``rng(config, step)`` alone.
-        evaluate: step -> metrics; called in eval mode without gradients, every ``eval_every`` steps and at the end.
+        evaluate: step -> metrics, and if there is something to look at, pictures uint8 [3, H, W] by name, which go
+            to ``run/samples`` and to TensorBoard. Called in eval mode without gradients, every ``eval_every`` steps and
+            at the end, by rank 0 alone.
         description: shown before the progress bar.
 
     Raises:
@@ -147,11 +154,14 @@ def fit(
     run.mkdir(parents=True, exist_ok=True)
     average = Average(model, config.ema) if config.ema else None
     step = load_state(model, optimizer, config, run, average)
-    # A run that was killed after logging but before saving has lines from the future: drop them.
-    log = [x for x in _read_log(run / LOG) if x["step"] <= step]
-    atomic_write(run / LOG, "".join(json.dumps(x) + "\n" for x in log).encode())
-    board = _tensorboard(run)
-    console = Console(stderr=True)
+    distributed.wait()  # until every rank has read the state, before one writes
+    chief = distributed.rank() == 0
+    if chief:
+        # A run that was killed after logging but before saving has lines from the future: drop them.
+        log = [x for x in _read_log(run / LOG) if x["step"] <= step]
+        atomic_write(run / LOG, "".join(json.dumps(x) + "\n" for x in log).encode())
+    board = _tensorboard(run) if chief else None
+    console = Console(stderr=True, quiet=not chief)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -174,6 +184,7 @@ def fit(
                 )
             optimizer.zero_grad(set_to_none=True)
             value.backward()
+            distributed.average_gradients(model)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimizer.step()
             step += 1
@@ -185,10 +196,10 @@ def fit(
                 spoken = time.monotonic()
                 console.print(f"step {step} of {config.steps}: {text}", soft_wrap=True)
             last = step == config.steps
-            if step % config.eval_every == 0 or last:
+            if (step % config.eval_every == 0 or last) and chief:
                 model.eval()
                 with torch.no_grad(), average.applied() if average else nullcontext():
-                    metrics = evaluate(step)
+                    metrics, pictures = _both(evaluate(step))
                 rate = (step - shown) / max(1e-9, time.monotonic() - started)
                 line = {"step": step, "lr": config.lr_at(step - 1), "steps_per_s": round(rate, 3), **live, **metrics}
                 with (run / LOG).open("a", encoding="utf-8") as f:
@@ -196,10 +207,16 @@ def fit(
                 if board is not None:
                     for key, number in line.items():
                         board.add_scalar(key, number, step)
+                for name, picture in pictures.items():
+                    write_image(run / "samples" / f"{step:06}{name and '-'}{name}.png", picture)
+                    if board is not None:
+                        board.add_image(name or "samples", picture, step)
                 console.print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
                 started, shown = time.monotonic(), step
             if step % config.save_every == 0 or last:
-                save_state(model, optimizer, config, run, step, average)
+                if chief:
+                    save_state(model, optimizer, config, run, step, average)
+                distributed.wait()
     if average is not None:
         average.apply()
     if board is not None:
@@ -285,6 +302,10 @@ def load_state(
     if "rng.cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["rng.cuda"])
     return step
+
+
+def _both(evaluated: Metrics | tuple[Metrics, Pictures]) -> tuple[Metrics, Pictures]:
+    return evaluated if isinstance(evaluated, tuple) else (evaluated, {})
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

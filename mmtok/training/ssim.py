@@ -83,7 +83,7 @@ def _check(x: Tensor, y: Tensor, side: int) -> None:
 
 
 def _blur(planes: Tensor, window: Tensor) -> Tensor:
-    """Each plane filtered by ``window`` along both sides, valid positions only: [B, C, H, W] -> [B, C, H - 10, W - 10]."""
+    """Each plane filtered along both sides, valid positions only: [B, C, H, W] -> [B, C, H - 10, W - 10]."""
     if max(planes.shape[2:]) > BANDED:
         flat = planes.flatten(0, 1).unsqueeze(1)
         flat = F.conv2d(F.conv2d(flat, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
