@@ -57,7 +57,7 @@ def rate_distortion(report: dict[str, Any]) -> bytes | None:
             axes.plot(figures["adaptive_bits_per_pixel"], figures[key], "o", color=colour, mfc="none")
             # A dollar would begin a formula.
             axes.annotate(
-                name.replace("$", r"\$"), (figures["bits_per_pixel"], figures[key]), (6, -12),
+                name.replace("$", r"\$"), (figures["bits_per_pixel"], figures[key]), (6, -12 - 11 * number),
                 textcoords="offset points", color=colour,
             )  # fmt: skip
         axes.set_xscale("log")
