@@ -72,7 +72,7 @@ def measure(tokenizer: ImageTokenizer, pictures: Pictures, label: str = "") -> t
     adaptive = [adaptive_bits(h) for h in histograms]
     nominal = [tokens * math.log2(size) for size in sizes]
     figures = {
-        "fingerprint": tokenizer.fingerprint,  # type: ignore[attr-defined]
+        "fingerprint": tokenizer.fingerprint,
         "downsample": tokenizer.downsample,
         "codebook_sizes": list(sizes),
         "tokens": tokens * levels,
