@@ -34,6 +34,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("documents",),
     ("nearest",),
     ("codebook",),
+    ("nearest_triton",),
+    ("nearest",),
     ("quantizers",),
     ("codec",),
     ("text", "image", "audio"),
@@ -151,4 +153,6 @@ def test_recipes_import_what_mmtok_offers(path: Path) -> None:
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if not m.endswith("__main__")))
 def test_every_module_can_be_imported(module: str) -> None:
+    if module == "mmtok.nearest_triton":
+        pytest.importorskip("triton")  # comes with torch on Linux alone
     importlib.import_module(module)
