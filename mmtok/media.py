@@ -14,6 +14,7 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from scipy.signal import firwin, resample_poly
 
 from mmtok.checkpoints import atomic_write
 from mmtok.errors import MediaError
-from mmtok.sniffing import NOUN, check_complete, check_file, kind_and_size, one_line, os_call
+from mmtok.sniffing import NOUN, check_complete, check_file, kind_and_size, magic, one_line, os_call
 from mmtok.sniffing import PathLike as PathLike
 
 MAX_PIXELS = 64_000_000
@@ -39,6 +40,7 @@ MAX_CHANNELS = 64
 _PEAK_LIMIT = 8.0
 # Manifests give times rounded to milliseconds: an end this much past the last sample is the end.
 _END_TOLERANCE_S = 0.01
+_WHITE = (255, 255, 255)
 _IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 # What Pillow raises on damaged files of these formats. Nothing broader is caught.
 _PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, struct.error, zlib.error)
@@ -70,7 +72,7 @@ def read_text(path: PathLike) -> str:
         raise MediaError(f"{path}: byte {error.start} is not UTF-8 ({error.reason}); save the text as UTF-8") from error
 
 
-def read_image(path: PathLike, mode: str = "RGB", background: tuple[int, int, int] = (255, 255, 255)) -> np.ndarray:
+def read_image(path: PathLike, mode: str = "RGB", background: tuple[int, int, int] = _WHITE) -> np.ndarray:
     """Read an image, turned as its EXIF orientation says; 16-bit grey is rounded to 8 bits.
 
     Args:
@@ -84,34 +86,24 @@ def read_image(path: PathLike, mode: str = "RGB", background: tuple[int, int, in
     Raises:
         MediaError: not a readable image, cut short, or more than ``MAX_PIXELS`` pixels.
     """
-    if mode not in ("RGB", "RGBA", "L"):
-        raise MediaError(f"got image mode {mode!r}, expected 'RGB', 'RGBA' or 'L'")
     kind, size = kind_and_size(path)
     if kind != "image":
         raise MediaError(f"{path}: holds {NOUN[kind]}, expected an image (png, jpeg, gif, webp, bmp)")
-    if size > MAX_IMAGE_BYTES:
-        raise MediaError(f"{path}: {size} bytes, the limit for an image file is {MAX_IMAGE_BYTES}")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # refused below, by our own limit
-            with PILImage.open(path, formats=_IMAGE_FORMATS) as image:
-                width, height = image.size
-                if width * height > MAX_PIXELS:
-                    raise MediaError(
-                        f"{path}: {width}x{height} is {width * height} pixels, the limit is {MAX_PIXELS}; scale it down"
-                    )
-                if width < 1 or height < 1:
-                    raise MediaError(f"{path}: {width}x{height} pixels, expected at least 1x1")
-                pixels = _to_array(ImageOps.exif_transpose(image), mode, background)
-    except MediaError:
-        raise
-    except PILImage.DecompressionBombError as error:
-        raise MediaError(f"{path}: more than {MAX_PIXELS} pixels, which is the limit; scale it down") from error
-    except UnidentifiedImageError as error:
-        raise MediaError(f"{path}: damaged or cut short image (its header is not complete)") from error
-    except _PIL_ERRORS as error:
-        raise MediaError(f"{path}: damaged or cut short image ({one_line(error)})") from error
-    return pixels
+    _check_image_bytes(path, size)
+    return _decode(lambda: PILImage.open(path, formats=_IMAGE_FORMATS), path, mode, background)
+
+
+def decode_image(data: bytes, name: PathLike, mode: str = "RGB") -> np.ndarray:
+    """As :func:`read_image` (on white), of the bytes of a file; ``name`` begins the messages."""
+    if magic(data) != "image":
+        raise MediaError(f"{name}: not recognised by its content, expected an image (png, jpeg, gif, webp, bmp)")
+    _check_image_bytes(name, len(data))
+    return _decode(lambda: PILImage.open(io.BytesIO(data), formats=_IMAGE_FORMATS), name, mode, _WHITE)
+
+
+def convert_image(image: PILImage.Image, name: PathLike, mode: str = "RGB") -> np.ndarray:
+    """As :func:`read_image` (on white), of a Pillow image of any format; it is closed. ``name`` begins the messages."""
+    return _decode(lambda: image, name, mode, _WHITE)
 
 
 def write_image(path: PathLike, pixels: np.ndarray) -> None:
@@ -138,13 +130,17 @@ def resize_image(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fit_image(pixels: np.ndarray, size: int, background: int = 255) -> np.ndarray:
-    """Scale uint8 [C, H, W] so that the longer side is ``size``, then pad it, centred, to [C, size, size]."""
+    """Scale uint8 [C, H, W] so that the longer side is ``size``, then pad it, centred, to [C, size, size].
+
+    The border is of the colour ``background``; of pictures with alpha (C = 4) it is also transparent.
+    """
     check_pixels(pixels, channels=(1, 3, 4))
     channels, height, width = pixels.shape
     scale = size / max(height, width)
     new_height, new_width = max(1, round(height * scale)), max(1, round(width * scale))
     top, left = (size - new_height) // 2, (size - new_width) // 2
     out = np.full((channels, size, size), background, dtype=np.uint8)
+    out[3:] = 0
     out[:, top : top + new_height, left : left + new_width] = resize_image(pixels, new_height, new_width)
     return out
 
@@ -275,6 +271,40 @@ def check_rate(what: str, rate: int) -> None:
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
+
+
+def _check_image_bytes(name: PathLike, size: int) -> None:
+    """Refuse an image file of more than ``MAX_IMAGE_BYTES``."""
+    if size > MAX_IMAGE_BYTES:
+        raise MediaError(f"{name}: {size} bytes, the limit for an image file is {MAX_IMAGE_BYTES}")
+
+
+def _decode(
+    opened: Callable[[], PILImage.Image], name: PathLike, mode: str, background: tuple[int, int, int]
+) -> np.ndarray:
+    """uint8 [C, H, W] of what ``opened`` gives; every fault is a MediaError that begins with ``name``."""
+    if mode not in ("RGB", "RGBA", "L"):
+        raise MediaError(f"got image mode {mode!r}, expected 'RGB', 'RGBA' or 'L'")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # refused below, by our own limit
+            with opened() as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise MediaError(
+                        f"{name}: {width}x{height} is {width * height} pixels, the limit is {MAX_PIXELS}; scale it down"
+                    )
+                if width < 1 or height < 1:
+                    raise MediaError(f"{name}: {width}x{height} pixels, expected at least 1x1")
+                return _to_array(ImageOps.exif_transpose(image), mode, background)
+    except MediaError:
+        raise
+    except PILImage.DecompressionBombError as error:
+        raise MediaError(f"{name}: more than {MAX_PIXELS} pixels, which is the limit; scale it down") from error
+    except UnidentifiedImageError as error:
+        raise MediaError(f"{name}: damaged or cut short image (its header is not complete)") from error
+    except _PIL_ERRORS as error:
+        raise MediaError(f"{name}: damaged or cut short image ({one_line(error)})") from error
 
 
 def _to_array(image: PILImage.Image, mode: str, background: tuple[int, int, int]) -> np.ndarray:

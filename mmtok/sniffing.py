@@ -69,7 +69,7 @@ def kind_and_size(path: PathLike) -> tuple[str, int]:
     data = os_call(path, head)
     is_text = _is_utf8(data)
     # Text may begin with "GIF89a"; a name that says text and valid UTF-8 settle it.
-    kind = "text" if is_text and claimed == "text" else _magic(data) or ("text" if is_text else None)
+    kind = "text" if is_text and claimed == "text" else magic(data) or ("text" if is_text else None)
     if kind is None:
         hint = "; it looks like UTF-16 text: save it as UTF-8" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
         raise MediaError(f"{path}: not recognised by its content, expected {KNOWN}{hint}")
@@ -87,8 +87,8 @@ def _is_utf8(head: bytes) -> bool:
     return True
 
 
-def _magic(head: bytes) -> str | None:
-    """ "image" or "audio" by the first bytes, None for anything else."""
+def magic(head: bytes) -> str | None:
+    """What the first bytes of a file say it is: "image", "audio", or None for anything else."""
     if head.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")):
         return "image"
     if head[:4] in (b"RIFF", b"RF64", b"RIFX"):

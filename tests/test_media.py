@@ -159,6 +159,41 @@ def test_fit_always_gives_the_square(height: int, width: int, size: int) -> None
     assert media.fit_image(photo(height, width), size).shape == (3, size, size)
 
 
+def test_fit_of_transparent_pictures() -> None:
+    """Fitted and then laid on white, or laid on white and then fitted: the same, though hidden colours are loud."""
+    y, x = np.mgrid[0:40, 0:90]
+    rgba = np.stack([np.full_like(x, 200), 2 * x, 5 * y, (17 * x - 510).clip(0, 255)]).astype(np.uint8)
+    rgba[:3, :, :31] = [[[255]], [[0]], [[255]]]
+    fitted = media.fit_image(rgba, 48)
+    assert fitted.shape == (4, 48, 48)
+    assert (fitted[3, :13] == 0).all()
+    assert (fitted[3, 35:] == 0).all()
+    on_white = [Image.fromarray(p.transpose(1, 2, 0)) for p in (rgba, fitted)]
+    on_white = [Image.alpha_composite(Image.new("RGBA", p.size, "white"), p).convert("RGB") for p in on_white]
+    expected = media.fit_image(np.asarray(on_white[0]).transpose(2, 0, 1), 48)
+    assert np.abs(np.asarray(on_white[1]).transpose(2, 0, 1).astype(int) - expected).max() <= 3
+
+
+def test_images_in_memory(tmp_path: Path) -> None:
+    rgba = np.concatenate([photo(), np.full((1, 40, 56), 255, np.uint8)])
+    rgba[3, :9] = 0
+    media.write_image(tmp_path / "a.png", rgba)
+    data = (tmp_path / "a.png").read_bytes()
+    for mode in ("RGB", "RGBA", "L"):
+        expected = media.read_image(tmp_path / "a.png", mode)
+        np.testing.assert_array_equal(media.decode_image(data, "x", mode), expected)
+        np.testing.assert_array_equal(media.convert_image(Image.open(io.BytesIO(data)), "x", mode), expected)
+    for bad, words in ((b"", "not recognised"), (b"words", "not recognised"), (data[:-40], "cut short")):
+        with pytest.raises(MediaError, match=f"^my/x.png: .*{words}"):
+            media.decode_image(bad, "my/x.png")
+    with pytest.raises(MediaError, match=r"^my/x.png: .*limit"):
+        media.decode_image(png_header(9000, 9000), "my/x.png")
+    with pytest.raises(MediaError, match=r"^my/x.png: .*limit"):
+        media.convert_image(Image.new("1", (9000, 9000)), "my/x.png")
+    with pytest.raises(MediaError, match=r"^my/x.png: .*cut short"):
+        media.convert_image(Image.open(io.BytesIO(data[:-40])), "my/x.png")
+
+
 @pytest.mark.parametrize(
     "bad",
     [

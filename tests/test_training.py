@@ -25,6 +25,7 @@ from mmtok.training.corpus import bucket, items, read_folder, read_manifest, spl
 from mmtok.training.data import load_audio, load_images
 from mmtok.training.lm import SequenceLoss
 from mmtok.training.loop import LOG, STATE, LoopConfig, fit, rng
+from mmtok.training.pictures import open_pictures
 from mmtok.transformer import Transformer, TransformerConfig
 from mmtok.transformer.packing import attention_mask, pack
 
@@ -291,7 +292,7 @@ def test_images_are_fitted_and_cached(tmp_path, capsys):
     for i, key in enumerate(keys[:2]):
         Image.new("RGB", (30, 10), (50 * i, 100, 200)).save(folder / f"{key}.png")
     (folder / f"{keys[2]}.png").write_bytes(b"no picture")
-    found = items(folder, "image", "train")
+    found = open_pictures(folder, "train")
     images = load_images(found, 16, tmp_path / "cache")
     assert (images.shape, images.dtype) == ((2, 3, 16, 16), np.uint8)
     assert (images[:, :, 0] == 255).all()  # white above a wide picture
@@ -301,9 +302,9 @@ def test_images_are_fitted_and_cached(tmp_path, capsys):
     assert "left out" not in capsys.readouterr().err  # from the cache
     assert len(list((tmp_path / "cache").iterdir())) == 1
     Image.new("RGB", (10, 10), (9, 9, 9)).save(folder / f"{keys[2]}.png")
-    assert len(load_images(found, 16, tmp_path / "cache")) == 3  # a changed file is seen
+    assert len(load_images(open_pictures(folder, "train"), 16, tmp_path / "cache")) == 3  # a changed file is seen
     (folder / "bad.png").write_bytes(b"")
-    bad = [x for x in items(folder, "image", split_of("bad")) if x.document == "bad"]
+    bad = [x for x in open_pictures(folder, split_of("bad")) if x.name == "bad"]
     with pytest.raises(DataError, match="none of 1 files could be read"):
         load_images(bad, 16, tmp_path / "cache")
 

@@ -41,6 +41,15 @@ class Item:
         """Absolute path of the media file (images and sounds)."""
         return self.root / str(self.segment["path"])
 
+    @property
+    def stamp(self) -> tuple[Any, ...]:
+        """JSON-able values that change when the media file changes: its path, segment, size and time."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return str(self.path), self.segment, []
+        return str(self.path), self.segment, [status.st_size, status.st_mtime_ns]
+
 
 def bucket(key: str) -> int:
     """The first 32 bits of sha256 of the key: the number that all splits are made from."""

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from rich.progress import track
@@ -17,18 +18,23 @@ from mmtok import media
 from mmtok.checkpoints import atomic_directory
 from mmtok.errors import DataError, MediaError
 from mmtok.training.corpus import Item
+from mmtok.training.pictures import Picture
+
+T = TypeVar("T", Item, Picture)
 
 
-def load_images(items: Sequence[Item], size: int, cache: Path) -> np.ndarray:
-    """Images fitted into a square on white: uint8 [N, 3, size, size].
+def load_images(pictures: Sequence[Picture], size: int, cache: Path, alpha: bool = False) -> np.ndarray:
+    """Pictures fitted into a square: uint8 [N, 3, size, size] on white.
 
-    Files that cannot be read are reported and left out.
+    With ``alpha``: uint8 [N, 4, size, size], straight, the border transparent. Pictures that cannot be read are
+    reported and left out.
     """
 
-    def decode(item: Item) -> np.ndarray:
-        return media.fit_image(media.read_image(item.path), size)
+    def decode(picture: Picture) -> np.ndarray:
+        return media.fit_image(picture.read(alpha=alpha), size)
 
-    images, _ = _cached(items, f"images-{size}", decode, cache, lambda x: {"images": np.stack(x)})
+    label = f"images-{size}-alpha" if alpha else f"images-{size}"
+    images, _ = _cached(pictures, label, decode, cache, lambda x: {"images": np.stack(x)})
     return images
 
 
@@ -51,25 +57,20 @@ def load_audio(items: Sequence[Item], sample_rate: int, cache: Path) -> tuple[np
 
 
 def _cached(
-    items: Sequence[Item],
+    items: Sequence[T],
     label: str,
-    decode: Callable[[Item], np.ndarray],
+    decode: Callable[[T], np.ndarray],
     cache: Path,
     join: Callable[[list[np.ndarray]], dict[str, np.ndarray]],
 ) -> list[np.ndarray]:
-    """Decode in threads and keep the arrays under a key made of the files' names, sizes and times."""
+    """Decode in threads and keep the arrays under a key made of the stamps."""
     key = hashlib.sha256(label.encode())
     for item in items:
-        try:
-            status = os.stat(item.path)
-            stamp = [status.st_size, status.st_mtime_ns]
-        except OSError:
-            stamp = []
-        key.update(json.dumps([str(item.path), item.segment, stamp], sort_keys=True).encode())
+        key.update(json.dumps(item.stamp, sort_keys=True).encode())
     directory = cache / f"{label}-{key.hexdigest()[:16]}"
     if not directory.is_dir():
 
-        def attempt(item: Item) -> np.ndarray | str:
+        def attempt(item: T) -> np.ndarray | str:
             try:
                 return decode(item)
             except MediaError as error:
