@@ -162,7 +162,7 @@ def test_fit_always_gives_the_square(height: int, width: int, size: int) -> None
 def test_fit_of_transparent_pictures() -> None:
     """Fitted and then laid on white, or laid on white and then fitted: the same, though hidden colours are loud."""
     y, x = np.mgrid[0:40, 0:90]
-    rgba = np.stack([np.full_like(x, 200), 2 * x, 5 * y, (17 * x - 510).clip(0, 255)]).astype(np.uint8)
+    rgba = np.stack([np.full_like(x, 200), 2 * x, 5 * y, (34 * x - 1020).clip(0, 255)]).astype(np.uint8)
     rgba[:3, :, :31] = [[[255]], [[0]], [[255]]]
     fitted = media.fit_image(rgba, 48)
     assert fitted.shape == (4, 48, 48)
