@@ -40,7 +40,8 @@ SLICE = 2**18
 def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """The index of the entry at the least squared Euclidean distance of each vector, int64 [N].
 
-    Memory beside arguments and result: some tens of MB and a few numbers for each vector and each entry, never N x K.
+    Memory beside arguments and result: some tens of MB and a few numbers for each vector and each entry, never N x K (a
+    few hundred MB where thousands of entries are equally near, as in a codebook of zeros).
     The result does not depend on the other vectors, on threads, on tiles, on autocast or matmul precision settings.
 
     Args:
@@ -260,23 +261,23 @@ def _tiles(x: Tensor, c: Tensor, work: torch.dtype, half: Tensor, slack: Tensor,
             found.append((row[pair] + start, code, near[pair, step]))
             count += len(pair)
             if count > PENDING + n:
-                at, code = _decide(x, c, *_within(found, least + slack))
+                at, code = _decide(x, c, *_within(found, least + slack)[:2])
                 found = [(at, code, least.new_full((len(at),), -math.inf))]  # to be decided against later ones
                 count = len(at)
-    if len(found) > 1:
-        at, code = _within(found, least + slack)
-    else:
-        at, code, _ = found[0]
+        if len(found) > 1:
+            found = [_within(found, least + slack)]
+            count = len(found[0][0])
+    at, code, _ = found[0]
     if len(at) > n:
         at, code = _decide(x, c, at, code)
     return torch.empty(n, dtype=torch.int64, device=x.device).scatter_(0, at, code)
 
 
-def _within(found: list[tuple[Tensor, ...]], limit: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and codes, int64 [P] each, of the candidates (rows, codes, scores) within the limit of their row."""
-    rows, codes, scores = found[0] if len(found) == 1 else (torch.cat(column) for column in zip(*found, strict=True))
+def _within(found: list[tuple[Tensor, ...]], limit: Tensor) -> tuple[Tensor, ...]:
+    """Of all candidates (rows, codes, scores) those within the limit of their row, as one such tuple."""
+    rows, codes, scores = (torch.cat(column) for column in zip(*found, strict=True))
     near = scores <= limit[rows]
-    return rows[near], codes[near]
+    return rows[near], codes[near], scores[near]
 
 
 def _decide(x: Tensor, c: Tensor, rows: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
