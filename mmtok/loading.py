@@ -14,11 +14,12 @@ from mmtok.audio.codec import SpectralCodec
 from mmtok.audio.encodec import Encodec
 from mmtok.checkpoints import META, bundled_directory, read_meta, resolve
 from mmtok.errors import CheckpointError, VocabularyError
+from mmtok.image.published import VQGAN, Emu3VQ, PublishedTokenizer, VQModel
 from mmtok.image.vqvae import ImageVQVAE
 from mmtok.registry import VOCAB_FILE, VocabularyRegistry
 from mmtok.text.bpe import ByteLevelBPE
 
-TOKENIZERS = {c.kind: c for c in (ByteLevelBPE, ImageVQVAE, SpectralCodec, Encodec)}
+TOKENIZERS = {c.kind: c for c in (ByteLevelBPE, ImageVQVAE, VQGAN, Emu3VQ, VQModel, SpectralCodec, Encodec)}
 
 
 @runtime_checkable
@@ -37,7 +38,7 @@ class Tokenizer(Protocol):
     def save(self, path: str | Path) -> None: ...
 
 
-def load(path: str | Path) -> ByteLevelBPE | ImageVQVAE | SpectralCodec | Encodec:
+def load(path: str | Path) -> ByteLevelBPE | ImageVQVAE | PublishedTokenizer | SpectralCodec | Encodec:
     """Load a tokenizer; its mmtok.json says which class it is.
 
     Args:
