@@ -17,17 +17,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from mmtok.training.pictures import open_pictures
 from torch import Tensor, nn
 
-from mmtok.evaluation.metrics import code_histogram, codebook_usage, perplexity
 from mmtok.image import ImageVQVAE, ImageVQVAEConfig, match_channels, premultiply
 from mmtok.training.adversarial import Critic, adaptive_weight
 from mmtok.training.data import load_images
 from mmtok.training.distributed import share
 from mmtok.training.loop import STATE, LoopConfig, Metrics, Pictures, fit, prepare_torch, rng
 from mmtok.training.losses import PictureLoss, perceptual_distance
+from mmtok.training.pictures import Picture, open_pictures
 from mmtok.training.ssim import ssim
+from mmtok.training.usage import CodebookUsage
 
 # Where a training picture comes from: a window of the whole picture fitted into so many times the side of a window,
 # or of a photograph, of which there are few files but many windows.
@@ -58,11 +58,15 @@ def main() -> None:
     cache = args.out.parent / "cache"
     train = open_pictures(args.data, "train")
     photos = [x for x in train if "wallpapers" in x.source]
-    sources = [(load_images(train, round(size * scale), cache, shape.alpha), part) for scale, part in SHARES.items()]
+
+    def load(pictures: list[Picture], side: int) -> np.ndarray:
+        return load_images(pictures, side, cache, alpha=shape.alpha)
+
+    sources = [(load(train, round(size * scale)), part) for scale, part in SHARES.items()]
     if photos:
-        sources.append((load_images(photos, max(size, PHOTO_SIDE), cache, shape.alpha), PHOTOS))
+        sources.append((load(photos, max(size, PHOTO_SIDE)), PHOTOS))
     chances = np.array([part for _, part in sources]) / sum(part for _, part in sources)
-    val = torch.from_numpy(np.array(load_images(open_pictures(args.data, "val"), size, cache, shape.alpha)))
+    val = torch.from_numpy(np.array(load(open_pictures(args.data, "val"), size)))
 
     def example(r: np.random.Generator) -> np.ndarray:
         pictures = sources[r.choice(len(sources), p=chances)][0]
@@ -85,7 +89,8 @@ def main() -> None:
     # Model: the codec, and a critic where its loss has a weight. One backward pass serves both.
     codec = ImageVQVAE(shape, vectors_per_batch=config.batch_size * (size // shape.downsample) ** 2)
     critic = Critic(channels) if distance.critic else None
-    model = nn.ModuleDict({"codec": codec, **({"critic": critic} if critic else {})})
+    usage = CodebookUsage(codec.codebook_sizes)
+    model = nn.ModuleDict({"codec": codec, "usage": usage, **({"critic": critic} if critic else {})})
     model = model.to(device, memory_format=torch.channels_last)
     lpips = perceptual_distance(device) if distance.perceptual else None
     if not (args.out / STATE).exists():
@@ -96,13 +101,10 @@ def main() -> None:
         codec.quantizer.initialise(torch.cat(found))
 
     # Loss: the distance, the commitment of the encoder to its codes, and from some step on the critic's opinion.
-    seen = [torch.zeros(n, dtype=torch.int64) for n in codec.codebook_sizes]  # codes since the last evaluation
-
     def loss(step: int) -> tuple[Tensor, Metrics]:
         x = batch(step)
         y, codes, own = codec(x)
-        for count, code in zip(seen, codes.unbind(-1), strict=True):
-            count += code_histogram(code.cpu(), len(count))
+        usage.count(codes)
         error = distance(y, x, lpips)
         total = error + own
         live = {"psnr": float(10 * torch.log10(4 / (y.detach().float() - x).square().mean()))}
@@ -127,19 +129,11 @@ def main() -> None:
             "val_psnr_of_mse": float(-10 * torch.log10(error.mean())),
             "val_ssim": float(ssim(y, x).mean()),
         }
-        for level, (count, code) in enumerate(zip(seen, levels(codes), strict=True)):
-            name, histogram = f"_{level}" if level else "", code_histogram(code, len(count))
-            figures |= {f"val_usage{name}": codebook_usage(histogram), f"val_perplexity{name}": perplexity(histogram)}
-            if count.sum():
-                dead = float((count < 0.1 * count.sum() / len(count)).sum())
-                figures |= {
-                    f"usage{name}": codebook_usage(count), f"perplexity{name}": perplexity(count), f"dead{name}": dead
-                }  # fmt: skip
-                count.zero_()
+        on_val = CodebookUsage(codec.codebook_sizes).eval()
+        on_val.count(codes if len(codec.codebook_sizes) > 1 else codes[..., None])
+        figures |= {f"val_{k}": v for k, v in on_val.figures().items()} | usage.figures()
+        usage.reset()
         return figures, {"": (torch.cat(rows, 1) * 255).round().byte().numpy()} if rows else {}
-
-    def levels(codes: Tensor) -> list[Tensor]:
-        return list(codes.unbind(-1)) if len(codec.codebook_sizes) > 1 else [codes]
 
     fit(model, config, args.out, loss, evaluate, "image tokenizer")
     codec.save(args.out / "model")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +23,7 @@ from mmtok.audio import SpectralCodec
 from mmtok.errors import ConfigError, DataError
 from mmtok.image import ImageVQVAE
 from mmtok.multimodal import MultimodalTokenizer
+from mmtok.quantizers import build_quantizer
 from mmtok.text import ByteLevelBPE
 from mmtok.training.corpus import split_of
 from mmtok.transformer import Transformer
@@ -57,10 +61,10 @@ def run(name: str, *args: object, die_at: int | None = None) -> ModuleType:
             return module
         rng = module.rng
 
-        def dying(config, step):
+        def dying(config, step, *example):
             if step == die_at:
                 raise KeyboardInterrupt
-            return rng(config, step)
+            return rng(config, step, *example)
 
         patch.setattr(module, "rng", dying)
         with pytest.raises(KeyboardInterrupt):
@@ -146,7 +150,8 @@ def test_image(made, corpus, tmp_path):
     assert model.config.codebook_size == 16
     assert model.encode(torch.zeros(1, 3, 64, 64, dtype=torch.uint8)).shape == (1, 4, 4)
     (line,) = [json.loads(x) for x in (made["image"] / "metrics.jsonl").read_text().splitlines()]
-    assert {"val_psnr", "val_ssim", "val_usage", "val_perplexity", "loss", "lr"} <= line.keys()
+    wanted = {"val_psnr", "val_ssim", "val_usage", "val_perplexity", "usage", "perplexity", "dead", "loss", "lr"}
+    assert wanted <= line.keys()
     arguments = ("--data", corpus, "--out", tmp_path / "again", "--set", *SCHEDULE, "--model", *IMAGE)
     run("image", *arguments, die_at=2)
     assert not (tmp_path / "again" / "model").exists()
@@ -161,6 +166,131 @@ def test_image_in_float32_from_a_manifest(corpus, tmp_path):
             run("image", *arguments, "bf16=false", die_at=die_at)
         run("image", *arguments, "bf16=false")
     same_run(tmp_path / "a", tmp_path / "b")
+
+
+ADVERSARIAL = ["critic=0.1", "critic_start=2", "critic_warmup=1", "gradient=0.1", "l1=0.1", "ms_ssim=0.1"]
+
+
+def test_image_with_a_critic_and_alpha_and_levels_is_resumed_exactly(corpus, tmp_path):
+    for name, die_at in (("a", None), ("b", 2)):
+        arguments = ("--data", corpus, "--out", tmp_path / name, "--set", *SCHEDULE, "ema=0.9", "--loss", *ADVERSARIAL)
+        arguments += ("--model", *IMAGE, "alpha=true", "levels=2")
+        if die_at:
+            run("image", *arguments, die_at=die_at)
+        run("image", *arguments)
+    same_run(tmp_path / "a", tmp_path / "b")
+    state = load_file(tmp_path / "a" / "state.safetensors")
+    assert [k for k in state if k.startswith("model.critic.")]
+    assert [k for k in state if k.startswith("average.codec.")]
+    model = mmtok.load(tmp_path / "a" / "model")
+    assert model.encode(torch.zeros(1, 4, 40, 64, dtype=torch.uint8)).shape == (1, 3, 4, 2)
+
+
+@pytest.mark.parametrize("quantizer", [["quantizer=fsq", "fsq_levels=[4,4]"], ["quantizer=lfq"], ["quantizer=simvq"]])
+def test_image_with_other_quantizers(corpus, tmp_path, quantizer):
+    run("image", "--data", corpus, "--out", tmp_path, "--set", *SCHEDULE, "--model", *IMAGE, *quantizer)
+    assert mmtok.load(tmp_path / "model").codebook_sizes == (16,)
+
+
+def test_killed_image_run_ends_as_the_uninterrupted(made, corpus, tmp_path):
+    """A real process, killed by the system after it saved at step 2."""
+    arguments = ["--data", str(corpus), "--out", str(tmp_path / "killed"), "--set", *SCHEDULE, "--model", *IMAGE]
+    code = f"""
+import os, signal, sys
+sys.argv = ["image.py", *{arguments!r}]
+sys.path.insert(0, {str(RECIPES)!r})
+import image
+inner = image.rng
+def rng(config, step, *example):
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return inner(config, step, *example)
+image.rng = rng
+image.main()
+"""
+    died = subprocess.run([sys.executable, "-c", code], capture_output=True, env=one_thread())
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    subprocess.run(
+        [sys.executable, RECIPES / "image.py", *arguments], check=True, capture_output=True, env=one_thread()
+    )
+    same_run(made["image"], tmp_path / "killed")
+
+
+def one_thread() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_two_ranks_train_what_one_does(corpus, tmp_path):
+    """torchrun for real: the same batches in two shares give the same weights and codebooks, up to rounding."""
+    schedule = ["steps=4", "batch_size=4", "warmup=1", "eval_every=4", "save_every=2", "bf16=false", "ema=0.9"]
+    settings = ["--data", str(corpus), "--set", *schedule, "--model", *IMAGE]
+    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+        command = [sys.executable, *launcher, RECIPES / "image.py", *settings, "--out", tmp_path / name]
+        done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=300)
+        assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / n / "state.safetensors") for n in ("one", "two"))
+    counts = "model.codec.quantizer.levels.0.counts"
+    for key in one:
+        if key.startswith("model.") and "quantizer.levels" not in key:
+            torch.testing.assert_close(two[key], one[key], rtol=0.05, atol=2e-2, msg=key)
+    # A rank by itself would have counted half of the vectors.
+    torch.testing.assert_close(two[counts].sum(), one[counts].sum(), rtol=1e-4, atol=0)
+    log = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert len(log) == 1, "one rank writes"
+
+
+def test_ranks_end_with_the_same_codebook(tmp_path):
+    """Two processes with different vectors: entries, counts and sums are equal to the last bit on both."""
+    code = """
+import sys, torch
+from mmtok.codebook import Codebook
+from mmtok.quantizers import build_quantizer
+from mmtok.training import distributed
+distributed.start()
+torch.manual_seed(0)
+book = Codebook(16, 4, 128).train()
+lfq = build_quantizer("lfq", 4, 4, 16).train()
+torch.manual_seed(0)
+r = torch.Generator().manual_seed(distributed.rank())
+for _ in range(30):
+    z = torch.randn(1, 64, 4, generator=r) + 10 * distributed.rank()
+    book(z)
+    loss = lfq(z)[2]
+    loss.backward()
+    distributed.average_gradients(lfq)
+torch.save({**book.state_dict(), "gradient": lfq.project_in.weight.grad}, f"{sys.argv[1]}/{distributed.rank()}.pt")
+"""
+    (tmp_path / "run.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "run.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    a, b = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    # Rank 0 saw vectors around 0 and began there, rank 1 around 10: a code follows those of rank 1 all the way.
+    assert float(a["entries"].max()) > 5
+
+
+def test_sweep(corpus, tmp_path):
+    arguments = ["--data", corpus, "--out", tmp_path, "--minutes", 0.001, "--bits", 4, "--only", "vq", "fsq"]
+    arguments += ["--set", "batch_size=2", "--model", "channels=8", "encoder_blocks=1", "decoder_blocks=1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        module = recipe("sweep_quantizers")
+        patch.setattr(module, "PROBE", 2)
+        patch.setattr(sys, "argv", ["sweep_quantizers.py", *map(str, arguments)])
+        module.main()
+        results = json.loads((tmp_path / "sweep.json").read_text())
+        assert sorted(r["quantizer"] for r in results) == ["fsq", "vq"]
+        assert all(r["bits"] == 4 and r["steps"] >= 2 and r["val_psnr_of_mse"] > 0 for r in results)
+        assert (tmp_path / "sweep.png").stat().st_size > 1000
+        assert (tmp_path / "sweep.md").read_text().count("| ") > 10
+    for bits in (4, 8, 9, 10, 11, 12, 14):
+        for name, settings in module.contestants(bits).items():
+            values = dict(x.split("=") for x in settings)
+            levels = int(values.get("levels", 1))
+            assert int(values["codebook_size"]) ** levels == 2**bits, name
+            fsq = tuple(json.loads(values.get("fsq_levels", "[]")))
+            build_quantizer(values["quantizer"], 8, 8, int(values["codebook_size"]), levels, fsq)
 
 
 def test_audio(made, corpus, tmp_path):

@@ -33,7 +33,7 @@ class Critic(nn.Module):
         super().__init__()
         widths = (channels, width, 2 * width, 4 * width)
         layers: list[nn.Module] = []
-        for before, after, stride in zip(widths, widths[1:], (2, 2, 1), strict=True):
+        for before, after, stride in zip(widths[:-1], widths[1:], (2, 2, 1), strict=True):
             layers += [_spectral(nn.Conv2d(before, after, 4, stride, 1)), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers, _spectral(nn.Conv2d(widths[-1], 1, 4, 1, 1)))
         self.register_buffer("real", torch.zeros(()))  # moving averages of the scores, LeCam's anchors
