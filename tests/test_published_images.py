@@ -23,6 +23,7 @@ from vqgan_files import (
     as_diffusers,
     close,
     cosmos,
+    image_tokens,
     index_table,
     llamagen,
     noise,
@@ -90,7 +91,7 @@ def test_taming_is_the_network_of_two_other_libraries(vqgan: published.VQGAN) ->
         assert len(codes.unique()) > 10, "the codebook is in use"
         z = other.encode(x).latents
         assert torch.equal(codes.flatten(), other.quantize(z)[2][2])
-        assert torch.equal(codes.flatten(), chameleon.encode(x).image_tokens)
+        assert torch.equal(codes.flatten(), image_tokens(chameleon.encode(x)))
         close(vqgan.to_pixels(codes), other.decode(z).sample)
 
 

@@ -1,6 +1,6 @@
 """Tiny published files with random weights: names and shapes as the systems publish them, spelled out here.
 
-``noise``, ``picture``, ``close``, ``write`` -- what their tests share
+``noise``, ``picture``, ``close``, ``write``, ``image_tokens`` -- what their tests share
 ``taming``, ``llamagen``, ``cosmos`` -- state dicts under the names of each system
 ``as_diffusers``                     -- the first two under the names of diffusers' ``VQModel``
 ``cosmos_modules``                   -- a plain network of Cosmos, to be traced into the two .jit files
@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,11 @@ def write(path: Path, state: Mapping[str, Tensor], wrapper: str = "state_dict") 
     """A checkpoint as trainers write it: weights under a key, beside other things."""
     torch.save({wrapper: dict(state), "global_step": 7}, path)
     return path
+
+
+def image_tokens(encoded: Any) -> Any:
+    """Of what ``encode`` of transformers returns: an object in version 5, a list (Emu3) or tuple (Chameleon) in 4."""
+    return encoded[2] if type(encoded) is tuple else getattr(encoded, "image_tokens", encoded)
 
 
 class Writer:

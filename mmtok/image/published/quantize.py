@@ -2,6 +2,9 @@
 
 ``Codebook`` -- the nearest of learnt vectors (VQ-VAE, https://arxiv.org/abs/1711.00937), on the unit sphere if asked
 ``Scalars``  -- finite scalar quantization (https://arxiv.org/abs/2309.15505): a small integer in each dimension
+
+The nearest is what ``mmtok.nearest`` defines: what the systems' own argmin gives, but where two distances are equal
+within the rounding of float32.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ class VQModel(PublishedTokenizer):
             import diffusers
         except ImportError as error:
             raise CheckpointError(
-                "this tokenizer needs the package diffusers, which is not installed: pip install 'mmtok[published]'"
+                f"this tokenizer needs the package diffusers ({error}): pip install 'mmtok[published]'"
             ) from error
         super().__init__(config)
         fields = dataclasses.asdict(config)
