@@ -1,6 +1,7 @@
 """Nearest-code search of all quantizers: exact, in constant memory, the same for every batch, tile and device.
 
 - ``nearest``: the codebook entry nearest to each vector.
+- ``nearest_within``: the same, and whether it stays the nearest however a vector is moved a little.
 - ``near_ties``: which vectors have a second entry almost as near, as a ``NearTies`` report.
 
 What is nearest is a definition, not a matter of rounding: the differences of a vector and an entry are taken, squared
@@ -55,6 +56,51 @@ def nearest(vectors: Tensor, codebook: Tensor) -> Tensor:
     """
     _check(vectors, codebook)
     return _search(vectors.detach(), codebook.detach())
+
+
+@torch.no_grad()
+def nearest_within(vectors: Tensor, codebook: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """The nearest entry of each vector, and whether it is that of every vector near it.
+
+    For vectors that were computed in a way that rounds otherwise than the one that counts: where the answer is yes,
+    the code is the same in both, as long as they differ by no more than ``noise``.
+
+    Args:
+        vectors, codebook: as for ``nearest``.
+        noise: how far a vector may be moved, as a share of its length.
+
+    Returns:
+        (int64 [N] as ``nearest``, bool [N]).
+
+    Raises:
+        VocabularyError: as ``nearest``.
+    """
+    _check(vectors, codebook)
+    x, c = vectors.detach(), codebook.detach()
+    if not len(x):
+        return _search(x, c), torch.empty(0, dtype=torch.bool, device=x.device)
+    bound = _error_bound(x, c, torch.float32)
+    if bound is None or _products_are_rough(x) or torch.float64 in (x.dtype, c.dtype):
+        return _search(x, c), torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    half, slack = bound
+    reach = noise * torch.linalg.vector_norm(x, dim=1, dtype=torch.float64)
+    # Moving x by r changes the difference of two scores by at most r |a - b|, and no two entries are further apart
+    # than twice the longest is long.
+    wide = slack + (reach * 2 * (2 * half.max()).sqrt()).to(slack)
+    rows, codes, complete = _candidates(x, c, torch.float32, half, wide)
+    index = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    sure = torch.full((len(x),), complete, device=x.device)
+    if len(rows) == len(x):
+        return index.scatter_(0, rows, codes), sure
+    at, code = _decide(x, c, rows, codes)
+    index.scatter_(0, at, code)
+    other = index[rows] != codes
+    rows, codes = rows[other], codes[other]
+    first = index[rows]
+    margin = _distances(x, c, rows, codes) - _distances(x, c, rows, first)
+    apart = torch.linalg.vector_norm(c[codes].double() - c[first].double(), dim=1)
+    sure[rows[margin <= 2 * reach[rows] * apart]] = False
+    return index, sure
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +265,20 @@ def _error_bound(x: Tensor, c: Tensor, work: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def _tiles(x: Tensor, c: Tensor, work: torch.dtype, half: Tensor, slack: Tensor, skip: Tensor | None = None) -> Tensor:
-    """The search by tiles of scores [codes, rows]: candidates by score, decided in float64 where there are several.
+    """The search by tiles: candidates by score, decided in float64 where there are several."""
+    at, code, _ = _candidates(x, c, work, half, slack, skip)
+    if len(at) > len(x):
+        at, code = _decide(x, c, at, code)
+    return torch.empty(len(x), dtype=torch.int64, device=x.device).scatter_(0, at, code)
+
+
+def _candidates(
+    x: Tensor, c: Tensor, work: torch.dtype, half: Tensor, slack: Tensor, skip: Tensor | None = None
+) -> tuple[Tensor, Tensor, bool]:
+    """Rows and codes, int64 [P] each, of all pairs whose score is in ``slack`` [N] of the least of their row.
+
+    The nearest pair of each row is among them. The third value is False where there were too many to keep, of which
+    some were decided on the way. Scores are computed in tiles [codes, rows].
 
     Codes come first in a tile because matrix libraries are quick at tall products of few columns and slow at wide ones,
     and because minima over groups of codes then run over whole rows of memory.
@@ -232,7 +291,7 @@ def _tiles(x: Tensor, c: Tensor, work: torch.dtype, half: Tensor, slack: Tensor,
     book = torch.empty((codes, d + 1), dtype=work, device=x.device)
     part = torch.ones((rows, d + 1), dtype=work, device=x.device)
     found: list[tuple[Tensor, ...]] = []
-    count = 0
+    count, complete = 0, True
     for offset in range(0, k, codes):
         some = min(codes, k - offset)
         book[:some, :d] = c[offset : offset + some]
@@ -263,14 +322,11 @@ def _tiles(x: Tensor, c: Tensor, work: torch.dtype, half: Tensor, slack: Tensor,
             if count > PENDING + n:
                 at, code = _decide(x, c, *_within(found, least + slack)[:2])
                 found = [(at, code, least.new_full((len(at),), -math.inf))]  # to be decided against later ones
-                count = len(at)
+                count, complete = len(at), False
         if len(found) > 1:
             found = [_within(found, least + slack)]
             count = len(found[0][0])
-    at, code, _ = found[0]
-    if len(at) > n:
-        at, code = _decide(x, c, at, code)
-    return torch.empty(n, dtype=torch.int64, device=x.device).scatter_(0, at, code)
+    return found[0][0], found[0][1], complete
 
 
 def _within(found: list[tuple[Tensor, ...]], limit: Tensor) -> tuple[Tensor, ...]:

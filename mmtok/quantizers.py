@@ -28,7 +28,7 @@ from vector_quantize_pytorch import FSQ, LFQ, SimVQ
 
 from mmtok.codebook import Codebook, distributed, sum_over_ranks
 from mmtok.errors import ConfigError, VocabularyError
-from mmtok.nearest import nearest
+from mmtok.nearest import nearest, nearest_within
 
 COMMITMENT = 0.25  # weight of the pull of the vectors to their codes, beside the loss of the reconstruction
 KINDS = ("vq", "cosine", "simvq", "fsq", "lfq")
@@ -70,6 +70,17 @@ class Quantizer(nn.Module, ABC):
         with torch.autocast(z.device.type, enabled=False):
             return self.search(self.project_in(z.float()), levels)
 
+    @torch.no_grad()
+    def encode_within(self, z: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+        """As ``encode`` with one level, and bool [B, N]: which codes stay however a projected vector is moved a little.
+
+        Args:
+            z: float [B, N, dim].
+            noise: how far, as a share of the length of the projected vector.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            return self.search_within(self.project_in(z.float()), noise)
+
     def decode(self, codes: Tensor) -> Tensor:
         """Vectors float32 [B, N, dim] of codes int64 [B, N, L], where L is any number of levels from the first.
 
@@ -99,6 +110,10 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def search(self, z: Tensor, levels: int | None) -> Tensor:
         """Codes int64 [B, N, levels] of vectors float32 [B, N, codebook_dim] in the space of the codebook."""
+
+    @abstractmethod
+    def search_within(self, z: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+        """As ``search`` with one level, and which codes stay, bool [B, N]; see ``encode_within``."""
 
     def codes_of(self, vectors: Tensor) -> Tensor:
         """Codes int64 [B, N, 1] of vectors that are codes' vectors: the inverse of ``vectors``, for one level."""
@@ -170,6 +185,9 @@ class VectorQuantizer(Quantizer):
             codes.append(index)
         return torch.stack(codes, -1)
 
+    def search_within(self, z: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+        return _nearest_within(self.books[0].on_sphere(z), self.books[0].entries, noise)
+
     def vectors(self, codes: Tensor) -> Tensor:
         parts = [book.entries[codes[..., i]] for i, book in enumerate(self.books[: codes.shape[-1]])]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
@@ -188,6 +206,9 @@ class SimVQuantizer(Quantizer):
 
     def search(self, z: Tensor, levels: int | None) -> Tensor:
         return nearest(z.flatten(0, 1), self.book.codebook.detach()).view(*z.shape[:2], 1)
+
+    def search_within(self, z: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+        return _nearest_within(z, self.book.codebook.detach(), noise)
 
     def vectors(self, codes: Tensor) -> Tensor:
         return self.book.codebook[codes[..., 0]]
@@ -211,6 +232,9 @@ class FiniteScalarQuantizer(Quantizer):
 
     def search(self, z: Tensor, levels: int | None) -> Tensor:
         return self.book.codes_to_indices(self.book.quantize(z)).long()[..., None]
+
+    def search_within(self, z: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+        return _same_on_both_sides(self, z, noise)
 
     def codes_of(self, vectors: Tensor) -> Tensor:  # already bounded, which a search does first
         """As ``Quantizer.codes_of``."""
@@ -252,6 +276,9 @@ class LookupFreeQuantizer(Quantizer):
 
     def search(self, z: Tensor, levels: int | None) -> Tensor:
         return self.book(z)[1].long()[..., None]
+
+    def search_within(self, z: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+        return _same_on_both_sides(self, z, noise)
 
     def vectors(self, codes: Tensor) -> Tensor:
         return self.book.indices_to_codes(codes[..., 0])
@@ -300,6 +327,18 @@ def build_quantizer(
     if kind == "simvq":
         return SimVQuantizer(dim, codebook_dim, codebook_size)
     return VectorQuantizer(dim, codebook_dim, codebook_size, levels, vectors_per_batch, cosine=kind == "cosine")
+
+
+def _nearest_within(z: Tensor, entries: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    codes, sure = nearest_within(z.flatten(0, 1), entries, noise)
+    return codes.view(*z.shape[:2], 1), sure.view(z.shape[:2])
+
+
+def _same_on_both_sides(quantizer: Quantizer, z: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+    """Where each channel is rounded by itself: a code stays if it is that of all channels raised, and of all lowered."""
+    push = noise * z.norm(dim=-1, keepdim=True)
+    codes, low, high = (quantizer.search(x, 1) for x in (z, z - push, z + push))
+    return codes, ((codes == low) & (codes == high))[..., 0]
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

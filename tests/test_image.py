@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import mmtok
 from mmtok.checkpoints import tensors_to_bytes
 from mmtok.errors import CheckpointError, MediaError, VocabularyError
-from mmtok.image import ImageVQVAE, ImageVQVAEConfig, match_channels, premultiply
+from mmtok.image import ImageVQVAE, ImageVQVAEConfig, match_channels, premultiply, vqvae
 from mmtok.image.vqvae import straighten
 from mmtok.quantizers import KINDS
 
@@ -154,6 +154,20 @@ def test_any_size_is_padded_by_its_edge_and_cropped_back(model, h, w, seed):
     assert whole.shape == padded.shape
     assert torch.equal(cropped, whole[..., :h, :w])
     assert cropped.is_contiguous()
+
+
+@pytest.mark.parametrize("noise", [0.0, 5e-6, 0.02, 1.0])
+def test_pictures_that_share_a_pass_have_the_codes_they_have_alone(model, monkeypatch, noise):
+    """However many of them are in doubt and go through the network again."""
+    monkeypatch.setattr(vqvae, "NOISE", noise)
+    x = pictures(37, 40, 33, 12)
+    alone = torch.cat([model.encode(row[None]) for row in x])
+    again: list[int] = []
+    inner = ImageVQVAE.to_codes
+    monkeypatch.setattr(ImageVQVAE, "to_codes", lambda self, pixels: again.append(len(pixels)) or inner(self, pixels))
+    assert torch.equal(model.encode(x), alone)
+    assert torch.equal(torch.stack(model.encode(list(x))), alone)
+    assert len(again) <= 2 if noise < 1e-4 else len(again) > 2, len(again)
 
 
 def test_a_list_of_unequal_pictures_is_the_single_ones(model):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmtok import nearest as module
 from mmtok.errors import VocabularyError
-from mmtok.nearest import near_ties, nearest
+from mmtok.nearest import near_ties, nearest, nearest_within
 
 quick = settings(derandomize=True, deadline=None, max_examples=60)
 # (ROWS, TILE, GROUP, PENDING, SLICE)
@@ -278,7 +278,7 @@ def test_codes_that_rounding_changes_are_near_ties():
 
 MEMORY = """
 import torch
-from mmtok.nearest import near_ties, nearest
+from mmtok.nearest import near_ties, nearest, nearest_within
 torch.set_num_threads(1)
 def peak(): return int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0]) // 1024
 x, c = torch.randn(4096, 8), torch.randn(65536, 8)
@@ -343,3 +343,35 @@ def test_cuda_gives_the_same_codes(d):
     before = torch.cuda.memory_allocated()
     nearest(noise(4096, d).cuda(), noise(65536, d).cuda())
     assert torch.cuda.max_memory_allocated() - before < 4096 * 65536  # a quarter of N x K float32
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    n=st.integers(0, 40),
+    k=st.integers(1, 90),
+    d=st.integers(1, 9),
+    noise=st.sampled_from([0.0, 1e-6, 1e-3, 0.05, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_a_sure_code_stays_when_its_vector_moves(n, k, d, noise, seed):
+    g = torch.Generator().manual_seed(seed)
+    x, c = torch.randn(n, d, generator=g), torch.randn(k, d, generator=g)
+    codes, sure = nearest_within(x, c, noise)
+    assert torch.equal(codes, nearest(x, c))
+    for _ in range(4):
+        push = torch.nn.functional.normalize(torch.randn(n, d, generator=g).double(), dim=-1)
+        moved = x.double() + 0.99 * noise * x.double().norm(dim=-1, keepdim=True) * push
+        assert torch.equal(nearest(moved, c)[sure], codes[sure])
+    # And none is doubted for nothing: the worst push, towards the boundary with some other entry, changes the code.
+    if k > 1 and noise >= 1e-3:
+        distance = (x.double()[:, None] - c.double()).square().sum(-1)
+        gap = distance - distance.gather(1, codes[:, None])
+        apart = (c.double() - c.double()[codes][:, None]).norm(dim=-1)
+        reach = noise * x.double().norm(dim=-1, keepdim=True)
+        doubtful = ((gap <= 2 * reach * apart) & (torch.arange(k) != codes[:, None])).any(1)
+        assert torch.equal(~sure, doubtful)
+
+
+def test_codes_of_a_tie_are_not_sure():
+    codes, sure = nearest_within(torch.tensor([[0.0], [1.0], [-0.9]]), torch.tensor([[-1.0], [1.0]]), 1e-6)
+    assert (codes.tolist(), sure.tolist()) == ([0, 1, 0], [False, True, True])

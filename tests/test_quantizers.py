@@ -71,6 +71,26 @@ def test_rows_alone_are_the_rows_of_a_batch(kind, levels):
         assert torch.equal(quantizer.search(inner[i : i + 1], None)[0], codes[i])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_sure_codes_stay_when_vectors_move(kind):
+    quantizer, z = made(kind).eval(), vectors(17, 8, 100)
+    with torch.no_grad():
+        inner = quantizer.project_in(z)
+    for noise, least in ((1e-6, 0.99), (0.01, 0.5)):
+        codes, sure = quantizer.search_within(inner, noise)
+        assert torch.equal(codes, quantizer.search(inner, 1))
+        assert least < float(sure.float().mean()) < (1.001 if noise < 0.01 else 1)
+        changed = torch.zeros_like(sure)
+        for i in range(20):
+            push = torch.nn.functional.normalize(
+                torch.randn(inner.shape, generator=torch.Generator().manual_seed(i)), dim=-1
+            )
+            moved = quantizer.search(inner + 0.99 * noise * inner.norm(dim=-1, keepdim=True) * push, 1)
+            changed |= (moved != codes)[..., 0]
+        assert not (changed & sure).any()
+        assert changed.any() == (noise == 0.01)
+
+
 @pytest.mark.parametrize(("kind", "levels"), CASES)
 def test_the_training_pass_gives_the_same_codes_and_vectors_and_passes_gradients(kind, levels):
     quantizer, z = made(kind, levels), vectors(8).requires_grad_()

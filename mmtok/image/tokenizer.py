@@ -5,7 +5,8 @@ A subclass gives a network that maps one picture whose sides are multiples of ``
 
 size    -- padded with its last row and column to a multiple of ``downsample``; ``decode`` crops back exactly
 alpha   -- composited on a stated colour, or kept by tokenizers of four channels
-batch   -- each picture goes through the network alone, so that no row depends on its neighbours
+batch   -- a picture's codes are those that it has alone. Small pictures of one size share a pass of the network where
+           that cannot change a code; those that have a near tie go through it again alone
 tiles   -- large pictures piece by piece with a halo as wide as the network sees, so that codes and pixels are those
            of the whole at a memory that does not grow with the picture
 """
@@ -25,6 +26,10 @@ from mmtok.errors import MediaError, VocabularyError
 
 TILE = 512  # pixels: pictures with a longer side go through the network in squares of this side, and the halo
 WHITE = (255, 255, 255)
+TOGETHER = 2**17  # pixels that share a pass of the network: larger batches are no quicker and take more memory
+# How far a vector of the network may be off, as a share of its length, when it is computed in another batch: more than
+# twice what was seen (2e-6).
+NOISE = 5e-6
 Size = tuple[int, int]
 
 
@@ -61,6 +66,13 @@ class ImageTokenizer(nn.Module, ABC):
     @abstractmethod
     def to_pixels(self, codes: Tensor) -> Tensor:
         """int64 [1, h, w, levels], codes in range -> float32 [1, channels, h * downsample, w * downsample]."""
+
+    def to_codes_together(self, pixels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As ``to_codes`` for [B, channels, H, W], and bool [B]: which pictures surely have the codes they have alone.
+
+        None where a batch gives nothing that can be relied on.
+        """
+        return None
 
     @property
     def properties(self) -> dict[str, int]:
@@ -101,13 +113,20 @@ class ImageTokenizer(nn.Module, ABC):
             if not len(pixels):
                 h, w = self.grid((pixels.shape[2], pixels.shape[3]))
                 return self._flat(torch.zeros(0, h, w, len(self.codebook_sizes), dtype=torch.int64))
-            return self._flat(torch.cat([self._encode(x[None], background, tile) for x in pixels]))
+            return self._flat(self._encode_several(pixels, background, tile))
         for i, x in enumerate(pixels):
             if not isinstance(x, Tensor) or x.dtype != torch.uint8 or x.ndim != 3 or x.shape[0] not in (3, 4):
                 got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
                 raise MediaError(f"picture {i} is {got}, expected uint8 [3 or 4, H, W]")
             self._check_sides(x.shape[1:])
-        return [self._flat(self._encode(x[None], background, tile))[0] for x in pixels]
+        same: dict[torch.Size, list[int]] = {}
+        for i, x in enumerate(pixels):
+            same.setdefault(x.shape, []).append(i)
+        found: dict[int, Tensor] = {}
+        for rows in same.values():
+            codes = self._flat(self._encode_several(torch.stack([pixels[i] for i in rows]), background, tile))
+            found |= dict(zip(rows, codes, strict=True))
+        return [found[i] for i in range(len(pixels))]
 
     @overload
     def decode(self, codes: Tensor, size: Size | None = ..., tile: int | None = ...) -> Tensor: ...
@@ -155,19 +174,38 @@ class ImageTokenizer(nn.Module, ABC):
         """(h, w): how many codes a picture of (H, W) pixels has."""
         return -(-size[0] // self.downsample), -(-size[1] // self.downsample)
 
-    # --- one picture
+    # --- encode and decode
+
+    @exact
+    def _encode_several(self, pixels: Tensor, background: tuple[int, int, int], tile: int | None) -> Tensor:
+        """uint8 [B, 3 or 4, H, W], B at least 1 -> int64 [B, h, w, levels]."""
+        height, width = pixels.shape[2:]
+        several, f = TOGETHER // (height * width), self.downsample
+        h, w = self.grid((height, width))
+        out: list[Tensor] = []
+        for part in pixels.split(max(1, several)):
+            whole = tile is None or max(height, width) <= tile
+            together = (
+                self.to_codes_together(self._input(part, h * f, w * f, background)) if len(part) > 1 and whole else None
+            )
+            if together is None:
+                out += [self._encode(x[None], background, tile) for x in part]
+            else:
+                codes, sure = together
+                for i in (~sure).nonzero()[:, 0].tolist():
+                    codes[i] = self._encode(part[i : i + 1], background, tile)[0]
+                out.append(codes)
+        return torch.cat(out)
 
     @exact
     def _encode(self, pixels: Tensor, background: tuple[int, int, int], tile: int | None) -> Tensor:
         """uint8 [1, 3 or 4, H, W] -> int64 [1, h, w, levels]."""
         f = self.downsample
-        device = next(self.parameters()).device
         height, width = pixels.shape[2:]
 
         def piece(top: int, bottom: int, left: int, right: int) -> Tensor:
-            x = pixels[:, :, top : min(bottom, height), left : min(right, width)].to(device)
-            x = match_channels(x, self.channels, background).float() / 127.5 - 1
-            return self.to_codes(pad_edge(x, bottom - top, right - left))
+            x = pixels[:, :, top : min(bottom, height), left : min(right, width)]
+            return self.to_codes(self._input(x, bottom - top, right - left, background))
 
         h, w = self.grid((height, width))
         halo = None if self.halo is None else self.halo // f
@@ -187,6 +225,11 @@ class ImageTokenizer(nn.Module, ABC):
         h, w = codes.shape[1:3]
         y = in_tiles(piece, h, w, 1, f, None if tile is None else -(-tile // f), self.decode_halo).permute(0, 3, 1, 2)
         return (y if size is None else y[:, :, : size[0], : size[1]]).contiguous()
+
+    def _input(self, pixels: Tensor, height: int, width: int, background: tuple[int, int, int]) -> Tensor:
+        """uint8 [B, 3 or 4, ., .] -> float32 [B, channels, height, width] in -1..1, on the device of the weights."""
+        x = match_channels(pixels.to(next(self.parameters()).device), self.channels, background)
+        return pad_edge(x.float() / 127.5 - 1, height, width)
 
     # --- checks and shapes
 
@@ -246,7 +289,9 @@ def match_channels(pixels: Tensor, channels: int, background: tuple[int, int, in
 
 
 def pad_edge(x: Tensor, height: int, width: int) -> Tensor:
-    """float [1, C, H, W] enlarged at the bottom and the right by its last row and column."""
+    """float [B, C, H, W] enlarged at the bottom and the right by its last row and column."""
+    if x.shape[2:] == (height, width):
+        return x
     return F.pad(x, (0, width - x.shape[3], 0, height - x.shape[2]), mode="replicate")
 
 

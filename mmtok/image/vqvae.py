@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from mmtok.codec import CodecModel
 from mmtok.config import Config
 from mmtok.errors import ConfigError
-from mmtok.image.tokenizer import ImageTokenizer
+from mmtok.image.tokenizer import NOISE, ImageTokenizer
 from mmtok.quantizers import build_quantizer
 
 
@@ -155,10 +155,21 @@ class ImageVQVAE(ImageTokenizer, CodecModel):
         return self.quantizer.codebook_sizes
 
     def to_codes(self, pixels: Tensor) -> Tensor:
-        """float32 [1, channels, H, W] in -1..1 -> int64 [1, h, w, levels]."""
-        x = premultiply(pixels) if self.config.alpha else pixels
-        z = self.encoder(x.to(self.quantizer.project_in.weight.dtype)).permute(0, 2, 3, 1)
+        """float32 [B, channels, H, W] in -1..1 -> int64 [B, h, w, levels]."""
+        z = self._vectors(pixels)
         return self.quantizer.encode(z.flatten(1, 2)).unflatten(1, z.shape[1:3])
+
+    def to_codes_together(self, pixels: Tensor) -> tuple[Tensor, Tensor] | None:
+        """As ``to_codes``, and bool [B]: which pictures have these codes alone too; None for residual levels."""
+        if self.config.levels > 1:
+            return None
+        z = self._vectors(pixels)
+        codes, sure = self.quantizer.encode_within(z.flatten(1, 2), NOISE)
+        return codes.unflatten(1, z.shape[1:3]), sure.all(1)
+
+    def _vectors(self, pixels: Tensor) -> Tensor:
+        x = premultiply(pixels) if self.config.alpha else pixels
+        return self.encoder(x.to(self.quantizer.project_in.weight.dtype)).permute(0, 2, 3, 1)
 
     def to_pixels(self, codes: Tensor) -> Tensor:
         """int64 [1, h, w, levels] -> float32 [1, channels, H, W] about in -1..1."""
