@@ -335,7 +335,7 @@ def _nearest_within(z: Tensor, entries: Tensor, noise: float) -> tuple[Tensor, T
 
 
 def _same_on_both_sides(quantizer: Quantizer, z: Tensor, noise: float) -> tuple[Tensor, Tensor]:
-    """Where each channel is rounded by itself: a code stays if it is that of all channels raised, and of all lowered."""
+    """Where each channel is rounded by itself: a code stays if it is that of all raised, and of all lowered."""
     push = noise * z.norm(dim=-1, keepdim=True)
     codes, low, high = (quantizer.search(x, 1) for x in (z, z - push, z + push))
     return codes, ((codes == low) & (codes == high))[..., 0]

@@ -6,7 +6,8 @@
 --data is a manifest whose documents describe one thing in several modalities, or a folder in which files of one stem
 (cow.txt, cow.png, cow.wav) do. The first text of a document is its name, further texts are translations. A segment may
 carry "voice": then --voice says whose recordings are answers; all others are only heard. A killed run continues where
-it was when the same command is given again.
+it was when the same command is given again. --init starts from a trained model, also one of other tokenizers whose
+pictures have as many codes and whose sounds as many frames.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from mmtok.documents import Audio, Image, Text
 from mmtok.errors import ConfigError, DataError
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.training.corpus import read_folder, read_manifest
+from mmtok.training.inherit import inherit
 from mmtok.training.lm import SequenceLoss
-from mmtok.training.loop import LoopConfig, fit, prepare_torch, rng
+from mmtok.training.loop import STATE, LoopConfig, fit, prepare_torch, rng
 from mmtok.transformer import Request, Sampling, Transformer, TransformerConfig, generate
 from mmtok.transformer.packing import pack
 
@@ -143,6 +145,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/any-to-any"))
     for modality, name in (("text", "text-4k"), ("image", "image-64-f8"), ("audio", "audio-16k")):
         parser.add_argument(f"--{modality}", default=name, metavar="CHECKPOINT", help=f"default: the bundled {name}")
+    parser.add_argument("--init", type=Path, metavar="MODEL", help="start from this model, with tokenizers beside it")
     parser.add_argument("--voice", default="joe", help="the voice that answers are spoken with")
     parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="override the schedule")
     parser.add_argument("--model", nargs="*", default=[], metavar="key=value", help="override the model's shape")
@@ -197,7 +200,18 @@ def main() -> None:
         seen = np.where(wrong, mm.registry.merge(block, r.integers(sizes[block])), ids)
         return tuple(torch.from_numpy(x).to(device) for x in (ids, document, positions, answer, seen))
 
-    model = Transformer(shape).to(device)
+    model = Transformer(shape)
+    if args.init and not (args.out / STATE).exists():
+        before = MultimodalTokenizer.load(args.init)
+        old = load_concepts(args.data, "train", before, args.voice)
+        twins = (
+            pair
+            for new, was in zip(train, old, strict=True)
+            for modality in ("image", "audio")
+            for pair in zip(new.ask[modality], was.ask[modality], strict=True)
+        )
+        print(inherit(model, mm.registry, Transformer.load(args.init, before.registry), before.registry, twins))
+    model = model.to(device)
     sequence_loss = SequenceLoss(mm.grammar, text_weight=3.0)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -20,13 +21,15 @@ from safetensors.torch import load_file
 
 import mmtok
 from mmtok.audio import SpectralCodec
-from mmtok.errors import ConfigError, DataError
+from mmtok.errors import ConfigError, DataError, VocabularyError
 from mmtok.image import ImageVQVAE
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.quantizers import build_quantizer
+from mmtok.registry import TokenizerSpec, VocabularyRegistry
 from mmtok.text import ByteLevelBPE
 from mmtok.training.corpus import split_of
-from mmtok.transformer import Transformer
+from mmtok.training.inherit import inherit
+from mmtok.transformer import Transformer, TransformerConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RATE = 8000
@@ -340,6 +343,60 @@ def test_any_to_any(made, corpus, tmp_path):
     any_to_any(made, corpus, tmp_path / "b", die_at=2)
     any_to_any(made, corpus, tmp_path / "b")
     same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_any_to_any_from_a_model_of_another_image_tokenizer(made, corpus, tmp_path):
+    other = [x for x in IMAGE if "codebook_size" not in x] + ["codebook_size=32"]
+    run("image", "--data", corpus, "--out", tmp_path / "image", "--set", *SCHEDULE, "--model", *other)
+    common = ("--data", corpus / "all.jsonl", "--text", made["text"] / "model", "--audio", made["audio"] / "model")
+    schedule = ("--set", *SCHEDULE, "--model", *MODEL)
+    run("any_to_any", *common, "--image", made["image"] / "model", "--out", tmp_path / "a", *schedule)
+    init = tmp_path / "a" / "model"
+    short = ["steps=1" if x.startswith("steps") else x for x in schedule[: len(SCHEDULE) + 1]]
+    arguments = (*common, "--image", tmp_path / "image" / "model", "--out", tmp_path / "b", *short, "lr=1e-9")
+    run("any_to_any", *arguments, "--model", *MODEL, "--init", init)
+    before, after = (Transformer.load(tmp_path / x / "model") for x in "ab")
+    old, new = (MultimodalTokenizer.load(tmp_path / x / "model").registry for x in "ab")
+    assert new.size == old.size + 16
+    a, b = before.state_dict(), after.state_dict()
+    torch.testing.assert_close(a["model.layers.0.mlp.up_proj.weight"], b["model.layers.0.mlp.up_proj.weight"])
+    rows = {n: x.state_dict()["model.embed_tokens.weight"] for n, x in (("old", before), ("new", after))}
+    for name in ("text", "audio.2", "grid"):
+        one, two = old.block(name), new.block(name)
+        torch.testing.assert_close(rows["old"][one.start : one.end], rows["new"][two.start : two.end])
+    for name in ("<image>", "</audio>", "<eos>"):
+        torch.testing.assert_close(rows["old"][old.control(name)], rows["new"][new.control(name)])
+    codes = rows["new"][new.block("image").start : new.block("image").end]
+    assert float(codes.abs().max()) <= float(rows["old"].abs().max()) + 1e-3, "means of old rows"
+
+
+def test_inherited_rows_by_hand():
+    tokenizers = [
+        TokenizerSpec("t", "text", (4,), "t"),
+        TokenizerSpec("i", "image", (3,), "old", properties={"downsample": 8}),
+    ]
+    old_registry = VocabularyRegistry.create(tokenizers, max_grid=2)
+    registry = VocabularyRegistry.create(
+        [tokenizers[0], TokenizerSpec("i", "image", (5,), "new", properties={"downsample": 8})], max_grid=2
+    )
+    settings = dict(x.split("=") for x in MODEL)
+    shapes = [
+        TransformerConfig(vocab_size=r.padded_size, **{k: int(v) for k, v in settings.items()})
+        for r in (old_registry, registry)
+    ]
+    old, model = (Transformer(s) for s in shapes)
+    start, was = registry.block("image").start, old_registry.block("image").start
+    twins = [(np.array([start, start, start + 3]), np.array([was, was + 1, was + 2]))]
+    report = inherit(model, registry, old, old_registry, twins)
+    assert (report.kept, report.averaged, report.other) == (registry.size - 5, 2, 3)
+    table, before = (m.state_dict()["model.embed_tokens.weight"] for m in (model, old))
+    torch.testing.assert_close(table[start], before[was : was + 2].mean(0))
+    torch.testing.assert_close(table[start + 3], before[was + 2])
+    torch.testing.assert_close(table[registry.control("<image>")], before[old_registry.control("<image>")])
+    with pytest.raises(VocabularyError, match="got twins of 2 and 1 ids"):
+        inherit(model, registry, old, old_registry, [(np.array([start, start]), np.array([was]))])
+    with pytest.raises(ConfigError, match="of the shape"):
+        inherit(Transformer(dataclasses.replace(shapes[1], num_hidden_layers=2)), registry, old, old_registry, [])
 
 
 def test_any_to_any_of_documents_that_lack_parts(made, corpus, tmp_path):

@@ -141,7 +141,7 @@ class SpectralCodec(CodecModel):
         self.head = ISTFTHead(c.dim, c.window, c.hop)
 
     def forward(self, samples: Tensor, levels: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass: float [B, T], T a multiple of hop -> (samples [B, T], codes [B, F, levels], quantizer's loss)."""
+        """Training pass: float [B, T], T a multiple of hop -> (samples [B, T], codes [B, F, levels], own loss)."""
         q, codes, loss = self.quantizer(self._analyse(samples), levels)
         return self._synthesise(q), codes, loss
 

@@ -197,10 +197,10 @@ def fit(
                 console.print(f"step {step} of {config.steps}: {text}", soft_wrap=True)
             last = step == config.steps
             if (step % config.eval_every == 0 or last) and chief:
+                rate = (step - shown) / max(1e-9, time.monotonic() - started)
                 model.eval()
                 with torch.no_grad(), average.applied() if average else nullcontext():
                     metrics, pictures = _both(evaluate(step))
-                rate = (step - shown) / max(1e-9, time.monotonic() - started)
                 line = {"step": step, "lr": config.lr_at(step - 1), "steps_per_s": round(rate, 3), **live, **metrics}
                 with (run / LOG).open("a", encoding="utf-8") as f:
                     f.write(json.dumps(line) + "\n")
