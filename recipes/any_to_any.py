@@ -26,6 +26,7 @@ from mmtok.documents import Audio, Image, Text
 from mmtok.errors import ConfigError, DataError
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.training.corpus import read_folder, read_manifest
+from mmtok.training.distributed import rank, world
 from mmtok.training.inherit import inherit
 from mmtok.training.lm import SequenceLoss
 from mmtok.training.loop import STATE, LoopConfig, fit, prepare_torch, rng
@@ -198,7 +199,8 @@ def main() -> None:
         rate = np.where(kind < BLIND, 1.0, np.where(kind < BLIND + NOISY, some, 0.0))
         wrong = answer & is_code[block] & (r.random(ids.shape) < rate[document])
         seen = np.where(wrong, mm.registry.merge(block, r.integers(sizes[block])), ids)
-        return tuple(torch.from_numpy(x).to(device) for x in (ids, document, positions, answer, seen))
+        mine = np.arange(len(ids)) % world() == rank()  # under torchrun the ranks share the rows
+        return tuple(torch.from_numpy(x[mine]).to(device) for x in (ids, document, positions, answer, seen))
 
     model = Transformer(shape)
     if args.init and not (args.out / STATE).exists():
@@ -246,10 +248,11 @@ def main() -> None:
         return {"val_loss": float(np.mean(values))}
 
     fit(model, config, args.out, loss, evaluate, "any-to-any")
-    model.save(args.out / "model", mm.registry.to_json(), dtype=torch.bfloat16)
-    for name, tokenizer in tokenizers.items():  # MultimodalTokenizer.load looks for them beside the model
-        tokenizer.save(args.out / name)
-    print(f"wrote {args.out / 'model'}")
+    if rank() == 0:
+        model.save(args.out / "model", mm.registry.to_json(), dtype=torch.bfloat16)
+        for name, tokenizer in tokenizers.items():  # MultimodalTokenizer.load looks for them beside the model
+            tokenizer.save(args.out / name)
+        print(f"wrote {args.out / 'model'}")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mmtok.image import ImageVQVAE, ImageVQVAEConfig, match_channels, premultiply
 from mmtok.training.adversarial import Critic, adaptive_weight
 from mmtok.training.data import load_images
-from mmtok.training.distributed import share
+from mmtok.training.distributed import rank, share
 from mmtok.training.loop import STATE, LoopConfig, Metrics, Pictures, fit, prepare_torch, rng
 from mmtok.training.losses import PictureLoss, perceptual_distance
 from mmtok.training.pictures import Picture, open_pictures
@@ -119,8 +119,8 @@ def main() -> None:
 
     # Evaluation: figures over the val split, the codebook's life in training, fixed originals over reconstructions.
     def evaluate(step: int) -> tuple[Metrics, Pictures]:
-        codes = codec.encode(val)
-        back = codec.decode(codes)
+        codes = codec.encode(val).cpu()
+        back = codec.decode(codes).cpu()
         x, y = (match_channels(z, 3).float() / 255 for z in (val, back))
         error = (y - x).square().mean((1, 2, 3))
         rows = [torch.cat(list(z[i : i + 16]), 2) for i in (0, 16) for z in (x, y) if len(val) >= i + 16]
@@ -136,8 +136,9 @@ def main() -> None:
         return figures, {"": (torch.cat(rows, 1) * 255).round().byte().numpy()} if rows else {}
 
     fit(model, config, args.out, loss, evaluate, "image tokenizer")
-    codec.save(args.out / "model")
-    print(f"wrote {args.out / 'model'}; use it with mmtok.load")
+    if rank() == 0:
+        codec.save(args.out / "model")
+        print(f"wrote {args.out / 'model'}; use it with mmtok.load")
 
 
 if __name__ == "__main__":
