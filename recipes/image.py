@@ -4,7 +4,7 @@
     python recipes/image.py --data my/pictures --out runs/mine --set steps=2000 --model downsample=4 channels=96
     python recipes/image.py --data my/pictures --out runs/fsq --model quantizer=fsq fsq_levels=[8,8,8] codebook_size=512
     python recipes/image.py --data my/pictures --out runs/sharp --loss critic=0.1 critic_start=10000 gradient=0.2
-    torchrun --nproc-per-node 2 recipes/image.py --data my/pictures --out runs/two
+    torchrun --standalone --nproc-per-node 2 recipes/image.py --data my/pictures --out runs/two
 
 --data is a folder, a manifest, WebDataset shards, torchvision:NAME:ROOT or hf:NAME (recipes/README.md). A killed run
 continues where it was when the same command is given again.

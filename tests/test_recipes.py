@@ -227,7 +227,10 @@ def test_two_ranks_train_what_one_does(corpus, tmp_path):
     """torchrun for real: the same batches in two shares give the same weights and codebooks, up to rounding."""
     schedule = ["steps=4", "batch_size=4", "warmup=1", "eval_every=4", "save_every=2", "bf16=false", "ema=0.9"]
     settings = ["--data", str(corpus), "--set", *schedule, "--model", *IMAGE]
-    for name, launcher in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2"])):
+    for name, launcher in (
+        ("one", []),
+        ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
+    ):
         command = [sys.executable, *launcher, RECIPES / "image.py", *settings, "--out", tmp_path / name]
         done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=300)
         assert done.returncode == 0, done.stderr
@@ -264,7 +267,16 @@ for _ in range(30):
 torch.save({**book.state_dict(), "gradient": lfq.project_in.weight.grad}, f"{sys.argv[1]}/{distributed.rank()}.pt")
 """
     (tmp_path / "run.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", tmp_path / "run.py", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        tmp_path / "run.py",
+        tmp_path,
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=300)
     assert done.returncode == 0, done.stderr
     a, b = (torch.load(tmp_path / f"{i}.pt", weights_only=True) for i in (0, 1))

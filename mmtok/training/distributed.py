@@ -1,6 +1,6 @@
 """Data parallelism under torchrun: every rank takes its share of a batch, gradients are averaged over all ranks.
 
-    torchrun --nproc-per-node 2 recipes/image.py ...
+    torchrun --standalone --nproc-per-node 2 recipes/image.py ...
 
 Gradients go through one all-reduce after the backward pass rather than through DistributedDataParallel: what is
 trained here is small, a training step may use several networks or, before the critic's start, not all of them, and
