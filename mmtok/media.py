@@ -322,9 +322,9 @@ def _to_array(image: PILImage.Image, mode: str, background: tuple[int, int, int]
 
 
 def _from_pil(image: PILImage.Image) -> np.ndarray:
-    """uint8 [C, H, W], contiguous."""
+    """uint8 [C, H, W], contiguous, and a copy: Pillow's own memory is read-only."""
     pixels = np.asarray(image)
-    return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
+    return np.array(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), order="C")
 
 
 def _to_pil(pixels: np.ndarray) -> PILImage.Image:

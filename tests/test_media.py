@@ -124,6 +124,13 @@ def test_grey_and_16_bit(tmp_path: Path) -> None:
     assert media.read_image(tmp_path / "a.png")[:, 0, 1].tolist() == [7, 7, 7]
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (9, 9)])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_pixels_may_be_written_to(tmp_path: Path, size: tuple[int, int], mode: str) -> None:
+    Image.new(mode, size).save(tmp_path / "a.png")
+    assert media.read_image(tmp_path / "a.png", mode).flags.writeable
+
+
 def test_cmyk_and_one_bit(tmp_path: Path) -> None:
     Image.new("CMYK", (16, 16), (0, 0, 0, 0)).save(tmp_path / "a.jpg", quality=95)
     assert media.read_image(tmp_path / "a.jpg").min() >= 250
