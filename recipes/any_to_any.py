@@ -25,7 +25,7 @@ from mmtok import media
 from mmtok.documents import Audio, Image, Text
 from mmtok.errors import ConfigError, DataError
 from mmtok.multimodal import MultimodalTokenizer
-from mmtok.training.corpus import read_folder, read_manifest
+from mmtok.training.corpus import digest_of, read_folder, read_manifest
 from mmtok.training.distributed import rank, world
 from mmtok.training.inherit import inherit
 from mmtok.training.lm import SequenceLoss
@@ -247,7 +247,9 @@ def main() -> None:
             media.write_image(args.out / "samples" / f"{step:06}.png", np.concatenate(pictures, 2))
         return {"val_loss": float(np.mean(values))}
 
-    fit(model, config, args.out, loss, evaluate, "any-to-any")
+    data = digest_of(concept.name for concept in train)
+    settings = {"model": shape, "vocabulary": mm.registry.fingerprint, "voice": args.voice, "data": data}
+    fit(model, config, args.out, loss, evaluate, "any-to-any", settings)
     if rank() == 0:
         model.save(args.out / "model", mm.registry.to_json(), dtype=torch.bfloat16)
         for name, tokenizer in tokenizers.items():  # MultimodalTokenizer.load looks for them beside the model

@@ -20,7 +20,7 @@ from torchaudio.functional import melscale_fbanks
 
 from mmtok import media
 from mmtok.audio import SpectralCodec, SpectralCodecConfig
-from mmtok.training.corpus import items
+from mmtok.training.corpus import digest_of, items
 from mmtok.training.data import load_audio
 from mmtok.training.loop import LoopConfig, fit, prepare_torch, rng
 
@@ -142,7 +142,8 @@ def main() -> None:
         out["val_usage_last"] = float((counts[-1] > 0).float().mean())
         return out
 
-    fit(model, config, args.out, loss, evaluate, "audio codec")
+    data = digest_of(x.document for x in train)
+    fit(model, config, args.out, loss, evaluate, "audio codec", {"model": shape, "data": data})
     model.save(args.out / "model")
     print(f"wrote {args.out / 'model'}; use it with mmtok.load")
 

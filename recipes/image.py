@@ -19,8 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mmtok.errors import ConfigError
 from mmtok.image import ImageVQVAE, ImageVQVAEConfig, match_channels, premultiply
 from mmtok.training.adversarial import Critic, adaptive_weight
+from mmtok.training.corpus import digest_of
 from mmtok.training.data import load_images
 from mmtok.training.distributed import rank, share
 from mmtok.training.loop import STATE, LoopConfig, Metrics, Pictures, fit, prepare_torch, rng
@@ -52,6 +54,8 @@ def main() -> None:
     shape = ImageVQVAEConfig(channels=64, encoder_blocks=1, decoder_blocks=2, codebook_size=2048).replace(args.model)
     distance = PictureLoss().replace(args.loss)
     size, channels = args.size, 4 if shape.alpha else 3
+    if size < 1 or size % shape.downsample:
+        raise ConfigError(f"got --size {size}, expected a multiple of the model's downsample, {shape.downsample}")
     device = prepare_torch(config)
 
     # Data: whole pictures, and larger copies that windows are cut from, for detail at several scales.
@@ -135,7 +139,9 @@ def main() -> None:
         usage.reset()
         return figures, {"": (torch.cat(rows, 1) * 255).round().byte().numpy()} if rows else {}
 
-    fit(model, config, args.out, loss, evaluate, "image tokenizer")
+    data = digest_of(x.name for x in train)
+    settings = {"model": shape, "loss": distance, "size": size, "data": data}
+    fit(model, config, args.out, loss, evaluate, "image tokenizer", settings)
     if rank() == 0:
         codec.save(args.out / "model")
         print(f"wrote {args.out / 'model'}; use it with mmtok.load")

@@ -224,9 +224,12 @@ def one_thread() -> dict[str, str]:
 
 
 def test_two_ranks_train_what_one_does(corpus, tmp_path):
-    """torchrun for real: the same batches in two shares give the same weights and codebooks, up to rounding."""
+    """torchrun for real: the same batches in two shares give the same gradients and counts, up to rounding.
+
+    With fsq, because codebooks are started from the vectors of the first rank alone.
+    """
     schedule = ["steps=4", "batch_size=4", "warmup=1", "eval_every=4", "save_every=2", "bf16=false", "ema=0.9"]
-    settings = ["--data", str(corpus), "--set", *schedule, "--model", *IMAGE]
+    settings = ["--data", str(corpus), "--set", *schedule, "--model", *IMAGE, "quantizer=fsq", "fsq_levels=[4,4]"]
     for name, launcher in (
         ("one", []),
         ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
@@ -235,14 +238,15 @@ def test_two_ranks_train_what_one_does(corpus, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=300)
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / n / "state.safetensors") for n in ("one", "two"))
-    counts = "model.codec.quantizer.levels.0.counts"
-    for key in one:
-        if key.startswith("model.") and "quantizer.levels" not in key:
-            torch.testing.assert_close(two[key], one[key], rtol=0.05, atol=2e-2, msg=key)
-    # A rank by itself would have counted half of the vectors.
-    torch.testing.assert_close(two[counts].sum(), one[counts].sum(), rtol=1e-4, atol=0)
-    log = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
-    assert len(log) == 1, "one rank writes"
+    # Gradients, not weights: four steps of AdamW move these by next to nothing, whatever the gradients are.
+    moments = [k for k in one if k.endswith(".exp_avg") and one[k].norm() > 1e-6]
+    assert len(moments) > 10
+    for key in moments:
+        assert (two[key] - one[key]).norm() < 0.01 * one[key].norm(), key
+    logs = [(tmp_path / n / "metrics.jsonl").read_text().splitlines() for n in ("one", "two")]
+    assert [len(x) for x in logs] == [1, 1], "one rank writes"
+    a, b = (json.loads(x[0]) for x in logs)
+    assert [b[k] for k in ("usage", "perplexity", "dead")] == [a[k] for k in ("usage", "perplexity", "dead")]
 
 
 def test_ranks_end_with_the_same_codebook(tmp_path):
@@ -464,7 +468,26 @@ def test_spectral_loss():
     assert 0 < loss(0.9 * x, x) < loss(0.5 * x, x) < loss(torch.zeros_like(x), x)
 
 
+def test_image_of_another_loss_or_data_is_no_continuation(made, corpus, tmp_path):
+    state = made["image"] / "state.safetensors"
+    (tmp_path / "state.safetensors").write_bytes(state.read_bytes())
+    arguments = ["--out", tmp_path, "--set", *SCHEDULE, "--model", *IMAGE]
+    with pytest.raises(ConfigError, match=r"other settings \(loss.l1: 0.0 there, 0.5 here\)"):
+        run("image", "--data", corpus, *arguments, "--loss", "l1=0.5")
+    (tmp_path / "less").mkdir()
+    for path in sorted((corpus / "things").glob("*.png"))[:-1]:
+        (tmp_path / "less" / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "less" / f"x{path.name}").write_bytes(path.read_bytes())
+    (tmp_path / "less" / "val").mkdir()
+    name = next(f"{i}.png" for i in range(1000) if split_of(f"val/{i}") == "val")
+    (tmp_path / "less" / "val" / name).write_bytes(path.read_bytes())
+    with pytest.raises(ConfigError, match=r"other settings \(data: "):
+        run("image", "--data", tmp_path / "less", *arguments)
+
+
 def test_wrong_arguments(corpus, tmp_path):
+    with pytest.raises(ConfigError, match="--size 40, expected a multiple of the model's downsample, 16"):
+        run("image", "--data", corpus, "--out", tmp_path, "--size", 40, "--model", *IMAGE)
     with pytest.raises(ConfigError, match="did you mean 'steps'"):
         run("image", "--data", corpus, "--out", tmp_path, "--set", "step=3")
     with pytest.raises(DataError, match=r"cannot read the manifest"):

@@ -21,10 +21,11 @@ from torch.nn import functional as F
 from mmtok.errors import CheckpointError, ConfigError, DataError
 from mmtok.grammar import Grammar
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
-from mmtok.training.corpus import bucket, items, read_folder, read_manifest, split_of
+from mmtok.training import distributed
+from mmtok.training.corpus import bucket, digest_of, items, read_folder, read_manifest, split_of
 from mmtok.training.data import load_audio, load_images
 from mmtok.training.lm import SequenceLoss
-from mmtok.training.loop import LOG, STATE, LoopConfig, fit, rng
+from mmtok.training.loop import LOG, STATE, LoopConfig, fit, prepare_torch, rng
 from mmtok.training.pictures import open_pictures
 from mmtok.transformer import Transformer, TransformerConfig
 from mmtok.transformer.packing import attention_mask, pack
@@ -50,7 +51,7 @@ class Noisy(nn.Module):
         return self.head(h - self.mean)
 
 
-def train(run: Path, config: LoopConfig = CONFIG, die_at: int = -1, die=None, bad_at: int = -1) -> Noisy:
+def train(run: Path, config: LoopConfig = CONFIG, die_at: int = -1, die=None, bad_at: int = -1, settings=None) -> Noisy:
     torch.manual_seed(config.seed)
     model = Noisy().to(memory_format=torch.channels_last)
 
@@ -69,7 +70,7 @@ def train(run: Path, config: LoopConfig = CONFIG, die_at: int = -1, die=None, ba
         assert not torch.is_grad_enabled()
         return {"val": float(model(torch.ones(1, 3, 6, 6)))}
 
-    fit(model, config, run, loss, evaluate, "test")
+    fit(model, config, run, loss, evaluate, "test", settings or {})
     return model
 
 
@@ -148,6 +149,33 @@ def test_another_schedule_is_refused(whole, tmp_path):
         with pytest.raises(ConfigError, match=rf"another schedule \({key}: .* there, .* here\).*another --out"):
             train(tmp_path, CONFIG.replace([change]))
     assert (tmp_path / STATE).read_bytes() == (whole / STATE).read_bytes()
+
+
+def test_other_settings_are_refused(tmp_path):
+    of = {"model": CONFIG, "size": 64, "data": digest_of(["a", "b"])}
+    train(tmp_path, settings=of)
+    before = (tmp_path / STATE).read_bytes()
+    train(tmp_path, settings=dict(of))
+    for change, words in (
+        ({"size": 32}, r"size: 64 there, 32 here"),
+        ({"model": CONFIG.replace(["clip=2"])}, r"model\.clip: 1.0 there, 2.0 here"),
+        ({"data": digest_of(["a", "c"])}, r"data: 2 named \w+ there, 2 named \w+ here"),
+    ):
+        with pytest.raises(ConfigError, match=rf"made with other settings \({words}\).*another --out"):
+            train(tmp_path, settings=of | change)
+    assert (tmp_path / STATE).read_bytes() == before
+
+
+def test_a_digest_tells_names_apart():
+    seen = [digest_of(x) for x in ([], ["a"], ["a", "b"], ["b", "a"], ["ab"], ["\udcff"])]
+    assert len(set(seen)) == len(seen)
+    assert digest_of(iter(["a", "b"])) == seen[2]
+
+
+def test_a_batch_that_ranks_cannot_share_evenly_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "world", lambda: 3)
+    with pytest.raises(ConfigError, match="batch_size of 4 for 3 ranks"):
+        prepare_torch(CONFIG)
 
 
 def test_damaged_state_is_refused(whole, tmp_path):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,13 @@ def bucket(key: str) -> int:
 def split_of(key: str) -> str:
     """``test`` for one path in twenty, ``val`` for another, else ``train``; the key has no suffix and no language."""
     return {0: "test", 1: "val"}.get(bucket(key) % 20, "train")
+
+
+def digest_of(names: Iterable[str]) -> str:
+    """How many names there are and what they are, in one short line: equal for the same names in the same order."""
+    names = list(names)
+    found = hashlib.sha256("\0".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+    return f"{len(names)} named {found[:12]}"
 
 
 def read_manifest(path: Path) -> Iterator[dict[str, Any]]:

@@ -15,9 +15,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,8 +89,16 @@ class LoopConfig(Config):
 
 
 def prepare_torch(config: LoopConfig) -> torch.device:
-    """Seed torch, set the threads, join the other ranks, and choose the device: a GPU where there is one."""
+    """Seed torch, set the threads, join the other ranks, and choose the device: a GPU where there is one.
+
+    Raises:
+        ConfigError: the ranks cannot share a batch evenly, which the mean of their gradients takes for granted.
+    """
     distributed.start()
+    if config.batch_size % distributed.world():
+        raise ConfigError(
+            f"got a batch_size of {config.batch_size} for {distributed.world()} ranks, expected a multiple of them"
+        )
     if config.threads:
         torch.set_num_threads(config.threads)
     _keep_freed_memory()
@@ -130,6 +139,7 @@ def fit(
     loss: Callable[[int], tuple[Tensor, Metrics]],
     evaluate: Callable[[int], Metrics | tuple[Metrics, Pictures]],
     description: str,
+    settings: Mapping[str, Any],
 ) -> None:
     """Train to ``config.steps``, resuming from ``run`` if a checkpoint is there.
 
@@ -143,17 +153,19 @@ def fit(
             to ``run/samples`` and to TensorBoard. Called in eval mode without gradients, every ``eval_every`` steps and
             at the end, by rank 0 alone.
         description: shown before the progress bar.
+        settings: all else that makes this run what it is, by name: each a ``Config`` or JSON-able, such as the model's
+            shape, the weights of the loss and a digest of the data; must be those of the checkpoint too.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
-        ConfigError: the checkpoint was made with another schedule.
+        ConfigError: the checkpoint was made with another schedule or other settings.
         DataError: the loss is not finite.
     """
     device = next(model.parameters()).device
     optimizer = optimizer_for(model, config)
     run.mkdir(parents=True, exist_ok=True)
     average = Average(model, config.ema) if config.ema else None
-    step = load_state(model, optimizer, config, run, average)
+    step = load_state(model, optimizer, config, run, settings, average)
     distributed.wait()  # until every rank has read the state, before one writes
     chief = distributed.rank() == 0
     if chief:
@@ -215,7 +227,7 @@ def fit(
                 started, shown = time.monotonic(), step
             if step % config.save_every == 0 or last:
                 if chief:
-                    save_state(model, optimizer, config, run, step, average)
+                    save_state(model, optimizer, config, run, step, settings, average)
                 distributed.wait()
     if average is not None:
         average.apply()
@@ -230,6 +242,7 @@ def save_state(
     config: LoopConfig,
     run: Path,
     step: int,
+    settings: Mapping[str, Any],
     average: Average | None = None,
 ) -> None:
     """Write everything that the next step depends on, atomically."""
@@ -242,6 +255,7 @@ def save_state(
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     meta = {"step": str(step), "config": config.to_json(), "sha256": _digest(tensors)}
+    meta["settings"] = json.dumps(_by_name(settings))
     atomic_write(run / STATE, tensors_to_bytes(tensors, meta))
 
 
@@ -250,13 +264,14 @@ def load_state(
     optimizer: torch.optim.Optimizer,
     config: LoopConfig,
     run: Path,
+    settings: Mapping[str, Any],
     average: Average | None = None,
 ) -> int:
     """Restore what ``save_state`` wrote; returns the step, 0 where there is no checkpoint.
 
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
-        ConfigError: it was made with another schedule.
+        ConfigError: it was made with another schedule or other settings.
     """
     path = run / STATE
     if not path.exists():
@@ -266,17 +281,20 @@ def load_state(
         meta = f.metadata() or {}
     try:
         step, theirs, chance = int(meta["step"]), dict(json.loads(meta["config"])), tensors["rng"]
+        mine = _by_name(settings)
+        before = dict(json.loads(meta["settings"])) if "settings" in meta else mine
         if chance.shape != torch.get_rng_state().shape:
             raise ValueError("the state of another random generator")
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path} is no training state ({error}); remove it to start anew") from error
     if meta.get("sha256", digest := _digest(tensors)) != digest:
         raise CheckpointError(f"{path} is damaged: its sha256 is not the recorded one; remove it to start anew")
-    mine = config.to_dict()
     free = {"steps", "eval_every", "save_every", "threads"}  # a run may be shortened or extended on purpose
-    other = [f"{k}: {theirs.get(k)} there, {v} here" for k, v in mine.items() if k not in free and theirs.get(k) != v]
-    if other:
-        raise ConfigError(f"{path} was made with another schedule ({'; '.join(other)}); use the same, or another --out")
+    schedule = {k: v for k, v in config.to_dict().items() if k not in free}
+    for what, was, now in (("another schedule", theirs, schedule), ("other settings", before, mine)):
+        other = [f"{k}: {was.get(k)} there, {v} here" for k, v in now.items() if was.get(k) != v]
+        if other:
+            raise ConfigError(f"{path} was made with {what} ({'; '.join(other)}); use the same, or another --out")
     load_strict(model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, str(path))
     if average is not None:
         kept = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
@@ -306,6 +324,14 @@ def load_state(
 
 def _both(evaluated: Metrics | tuple[Metrics, Pictures]) -> tuple[Metrics, Pictures]:
     return evaluated if isinstance(evaluated, tuple) else (evaluated, {})
+
+
+def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back, those of a ``Config`` one by one: ``loss.l1``."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= {f"{name}.{k}": v for k, v in value.to_dict().items()} if isinstance(value, Config) else {name: value}
+    return dict(json.loads(json.dumps(flat)))
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
