@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from mmtok.errors import ConfigError
+from mmtok.errors import ConfigError, MediaError
 from mmtok.training.adversarial import Critic, adaptive_weight
 from mmtok.training.averaging import Average
 from mmtok.training.losses import PictureLoss, perceptual_distance
@@ -111,6 +111,14 @@ def test_one_backward_pass_serves_both_without_mixing_them():
     critic.own_loss(x, y)[0].backward()
     assert y.grad is None
     assert all(p.grad is not None for p in critic.parameters())
+
+
+def test_the_smallest_pictures_of_losses_and_critic():
+    x = torch.rand(1, 3, 41, 41)
+    assert PictureLoss(ms_ssim=1.0)(x, x) < 1e-5
+    with pytest.raises(MediaError, match="at least 41"):
+        PictureLoss(ms_ssim=1.0)(x[..., :40], x[..., :40])
+    assert Critic()(x[..., :12, :12]).shape == (1, 1, 1, 1)
 
 
 def test_hinge_loss_by_hand():

@@ -40,7 +40,7 @@ class Critic(nn.Module):
         self.register_buffer("fake", torch.zeros(()))
 
     def forward(self, x: Tensor) -> Tensor:
-        """float [B, channels, H, W] in -1..1, H and W at least 32 -> scores [B, 1, h, w]."""
+        """float [B, channels, H, W] in -1..1, H and W at least 12 -> scores [B, 1, h, w]."""
         return self.layers(x)
 
     def own_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -52,7 +52,7 @@ class PictureLoss(Config):
         Always in float32, also within autocast: SSIM subtracts nearly equal numbers.
 
         Args:
-            y, x: float [B, 3 or 4, H, W] in -1..1, sides of at least 11, of 44 for ``ms_ssim``.
+            y, x: float [B, 3 or 4, H, W] in -1..1, sides of at least 11, of 41 for ``ms_ssim``.
             lpips: what ``perceptual_distance`` returns, where ``perceptual`` is not 0.
         """
         with torch.autocast(x.device.type, enabled=False):
