@@ -69,8 +69,15 @@ def main() -> None:
         plan = args.out / f"{name.replace(' ', '-')}.json"
         if not plan.exists():  # the number of steps is measured once: the schedule of a continued run must not change
             rate = train(args, name, model, PROBE, "-probe")[-1]["steps_per_s"]
-            atomic_write(plan, json.dumps({"steps": max(PROBE, round(rate * args.minutes * 60))}).encode())
-        steps = json.loads(plan.read_text())["steps"]
+            steps = max(PROBE, round(rate * args.minutes * 60))
+            atomic_write(plan, json.dumps({"steps": steps, "minutes": args.minutes}).encode())
+        planned = json.loads(plan.read_text())
+        if planned.get("minutes", args.minutes) != args.minutes:
+            raise ConfigError(
+                f"{plan} was planned for {planned['minutes']:g} minutes, not for {args.minutes:g}; use the same, or "
+                "another --out"
+            )
+        steps = planned["steps"]
         log = train(args, name, model, steps, "")
         spent = sum((b["step"] - a["step"]) / b["steps_per_s"] for a, b in zip([{"step": 0}, *log], log, strict=False))
         curve = [(x["step"] / steps, x["val_psnr_of_mse"]) for x in log]

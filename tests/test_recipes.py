@@ -303,6 +303,9 @@ def test_sweep(corpus, tmp_path):
         assert all(r["bits"] == 4 and r["steps"] >= 2 and r["val_psnr_of_mse"] > 0 for r in results)
         assert (tmp_path / "sweep.png").stat().st_size > 1000
         assert (tmp_path / "sweep.md").read_text().count("| ") > 10
+        patch.setattr(sys, "argv", ["sweep_quantizers.py", *map(str, arguments), "--minutes", "1"])
+        with pytest.raises(ConfigError, match=r"planned for 0\.001 minutes, not for 1;.*another --out"):
+            module.main()
     for bits in (4, 8, 9, 10, 11, 12, 14):
         for name, settings in module.contestants(bits).items():
             values = dict(x.split("=") for x in settings)
