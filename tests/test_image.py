@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import mmtok
 from mmtok.checkpoints import tensors_to_bytes
-from mmtok.errors import CheckpointError, MediaError, VocabularyError
+from mmtok.errors import CheckpointError, ConfigError, MediaError, VocabularyError
 from mmtok.image import ImageVQVAE, ImageVQVAEConfig, match_channels, premultiply, vqvae
 from mmtok.image.vqvae import straighten
 from mmtok.quantizers import KINDS
@@ -212,6 +212,15 @@ def test_transparent_pictures_are_composited_on_the_stated_colour(model):
         assert float((flat - exact).abs().max()) <= 0.5 + 1e-9
         assert torch.equal(model.encode(rgba, background=background), model.encode(flat))
     assert not torch.equal(model.encode(rgba), model.encode(rgba, background=(0, 0, 0)))
+    for bad in ((300, 0, 0), (0, -1, 0), (0, 0), (0.5, 0, 0), "red"):
+        with pytest.raises(MediaError, match=r"got the background .*, expected three whole numbers in 0..255"):
+            model.encode(rgba, background=bad)
+
+
+def test_a_shape_that_cannot_be_is_refused():
+    for name, value in (("encoder_blocks", -1), ("decoder_blocks", -1), ("channels", 0), ("patch", 3), ("patch", 16)):
+        with pytest.raises(ConfigError, match=rf"ImageVQVAEConfig.{name}: got {value}, expected"):
+            ImageVQVAEConfig(**{name: value})
 
 
 def test_alpha_can_be_kept():

@@ -102,7 +102,7 @@ class ImageTokenizer(nn.Module, ABC):
             for a sequence a list of int64 [h, w] or [h, w, levels].
 
         Raises:
-            MediaError: wrong dtype or shape, or a tile below 1.
+            MediaError: wrong dtype or shape, a background that is no colour, or a tile below 1.
         """
         if tile is not None and tile < 1:
             raise MediaError(f"got a tile of {tile} pixels, expected at least 1, or None for whole pictures")
@@ -278,7 +278,12 @@ def match_channels(pixels: Tensor, channels: int, background: tuple[int, int, in
 
     Compositing rounds to the nearest of 0..255, as the "over" operator of Porter and Duff (SIGGRAPH 1984) on an opaque
     backdrop.
+
+    Raises:
+        MediaError: a background that is not three whole numbers in 0..255.
     """
+    if len(background) != 3 or not all(isinstance(x, int) and 0 <= x <= 255 for x in background):
+        raise MediaError(f"got the background {background!r}, expected three whole numbers in 0..255, such as {WHITE}")
     if pixels.shape[1] == channels:
         return pixels
     if channels == 4:

@@ -53,6 +53,9 @@ class ImageVQVAEConfig(Config):
         for name in ("channels", "codebook_size", "codebook_dim", "levels"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"ImageVQVAEConfig.{name}: got {getattr(self, name)}, expected at least 1")
+        for name in ("encoder_blocks", "decoder_blocks"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"ImageVQVAEConfig.{name}: got {getattr(self, name)}, expected at least 0")
         for name in ("downsample", "patch"):
             value = getattr(self, name)
             if value < 1 or value & (value - 1):
