@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mmtok.errors import ConfigError
 from mmtok.image import ImageVQVAE, ImageVQVAEConfig, match_channels, premultiply
+from mmtok.quantizers import VectorQuantizer
 from mmtok.training.adversarial import Critic, adaptive_weight
 from mmtok.training.corpus import digest_of
 from mmtok.training.data import load_images
@@ -97,7 +98,7 @@ def main() -> None:
     model = nn.ModuleDict({"codec": codec, "usage": usage, **({"critic": critic} if critic else {})})
     model = model.to(device, memory_format=torch.channels_last)
     lpips = perceptual_distance(device) if distance.perceptual else None
-    if not (args.out / STATE).exists():
+    if isinstance(codec.quantizer, VectorQuantizer) and not (args.out / STATE).exists():
         found: list[Tensor] = []
         with torch.no_grad():
             while sum(map(len, found)) < VECTORS_A_CODE * shape.codebook_size:

@@ -14,10 +14,11 @@ from mmtok.checkpoints import bundled_directory
 from mmtok.evaluation.metrics import psnr, stoi
 from mmtok.multimodal import MultimodalTokenizer
 
-NAMES = ("text-4k", "image-64-f8", "audio-16k", "any-to-any")
+NAMES = ("text-4k", "image-64-f8", "image-f4", "audio-16k", "any-to-any")
 FINGERPRINTS = {
     "text-4k": "089043c5db97712fdfc1f566d8d561d4432e998b9cb3f50657c8085e6405d8fb",
-    "image-64-f8": "226958ec33f431602eef16a186a5dded6d172ec429ce14bff6bbe168ec6c842c",
+    "image-64-f8": "8cf5c8aebce7933d7ff5e488a58c66c145822bdf80a3320f5d7ca63ac2f4dd95",
+    "image-f4": "2529c07e3a7f381dd3211e6e599085dde58f0e93a508c088eeabaf2d9fad3d8a",
     "audio-16k": "aec590c17ed04d777815d1864e5b05f0d4a8032fa9f2006bf9e0fd2fe3cd6088",
 }
 
@@ -53,12 +54,23 @@ def test_golden_text_ids() -> None:
 def test_golden_image_codes() -> None:
     codes = mmtok.load("image-64-f8").encode(torch.from_numpy(picture())[None])[0].numpy()
     golden = [
-        [798, 726, 798, 14, 815, 961, 421, 839], [652, 218, 471, 445, 445, 973, 46, 512],
-        [896, 588, 251, 986, 986, 843, 829, 330], [156, 463, 253, 253, 253, 986, 118, 815],
-        [167, 463, 843, 253, 253, 986, 467, 1001], [362, 508, 843, 253, 253, 986, 177, 512],
-        [345, 296, 891, 337, 337, 345, 257, 853], [498, 345, 880, 296, 107, 676, 676, 50],
+        [433, 1818, 1818, 539, 539, 1583, 1417, 1706], [1059, 1049, 369, 1485, 271, 992, 1558, 1417],
+        [2019, 369, 478, 1608, 1608, 773, 1359, 1417], [1683, 1824, 1608, 1608, 1608, 1858, 596, 714],
+        [853, 1824, 1608, 1608, 1608, 1608, 1407, 714], [1766, 1079, 773, 1608, 1608, 773, 1677, 1747],
+        [583, 789, 130, 1111, 1914, 846, 375, 912], [848, 848, 335, 1355, 1355, 1747, 168, 168],
     ]  # fmt: skip
     assert (codes == np.array(golden)).mean() > 0.95
+
+
+def test_golden_codes_of_image_f4() -> None:
+    codes = mmtok.load("image-f4").encode(torch.from_numpy(picture())[None])[0].numpy()
+    assert codes.shape == (16, 16)
+    golden = [
+        [306, 306, 228, 20, 334, 334, 334, 334, 334, 334, 334, 334, 660, 313, 95, 926],
+        [306, 924, 228, 76, 334, 334, 334, 334, 334, 334, 334, 334, 660, 949, 95, 926],
+        [306, 924, 220, 592, 334, 334, 334, 334, 334, 334, 334, 334, 660, 926, 95, 926],
+    ]  # fmt: skip
+    assert (codes[6:9] == np.array(golden)).mean() > 0.95
 
 
 def test_golden_audio_codes() -> None:
@@ -93,7 +105,9 @@ def test_rows_do_not_depend_on_their_batch() -> None:
 
 def test_the_model_belongs_to_the_tokenizers() -> None:
     mm = MultimodalTokenizer.load("any-to-any")  # checks every fingerprint
-    assert {t.name: t.fingerprint for t in mm.registry.tokenizers} == FINGERPRINTS
+    assert {t.name: t.fingerprint for t in mm.registry.tokenizers} == {
+        name: FINGERPRINTS[name] for name in ("text-4k", "image-64-f8", "audio-16k")
+    }
 
 
 def test_size_and_cards() -> None:

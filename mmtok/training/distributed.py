@@ -14,6 +14,8 @@ import os
 import torch
 from torch import nn
 
+from mmtok.codebook import distributed
+
 
 def start() -> None:
     """Join the run that torchrun began; nothing in a plain process. Once per process."""
@@ -26,12 +28,12 @@ def start() -> None:
 
 def rank() -> int:
     """Number of this process, 0 where there is one."""
-    return torch.distributed.get_rank() if _running() else 0
+    return torch.distributed.get_rank() if distributed() else 0
 
 
 def world() -> int:
     """How many processes train together."""
-    return torch.distributed.get_world_size() if _running() else 1
+    return torch.distributed.get_world_size() if distributed() else 1
 
 
 def share(batch_size: int) -> range:
@@ -41,7 +43,7 @@ def share(batch_size: int) -> range:
 
 def average_gradients(model: nn.Module) -> None:
     """Give every rank the mean of all ranks' gradients."""
-    if not _running():
+    if not distributed():
         return
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients]) / world()
@@ -52,9 +54,5 @@ def average_gradients(model: nn.Module) -> None:
 
 def wait() -> None:
     """Until every rank is here."""
-    if _running():
+    if distributed():
         torch.distributed.barrier()
-
-
-def _running() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
