@@ -91,7 +91,7 @@ def test_roundtrip(files: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -
     )
     assert code == 0, stderr
     image, audio, text = json.loads(stdout)["files"]
-    assert (image["tokens"], image["bits"]) == (9 * 12, 9 * 12 * 10.0)
+    assert (image["tokens"], image["bits"]) == (9 * 12, 9 * 12 * 11.0)
     assert (image["height"], image["width"]) == (70, 90)
     assert image["psnr_db"] > 15
     assert 0.3 < image["ssim"] <= 1
