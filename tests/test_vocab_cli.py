@@ -126,10 +126,10 @@ def test_show(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for block in registry.blocks:
         (line,) = (x for x in stdout.splitlines() if x.startswith(f"{block.name} "))
         assert f" {block.start}..{block.end - 1} " in line
-    explained = report("show", "any-to-any", "--ids", "5, 42,9300,-1", capsys=capsys)["ids"]
-    assert explained == [{"id": i, "meaning": registry.describe(i)} for i in (5, 42, 9300, -1)]
-    code, stdout, _ = run("show", "any-to-any", "--ids", "5,9300", capsys=capsys)
-    assert stdout == "5: <image>\n9300: unused id 9300\n"
+    explained = report("show", "any-to-any", "--ids", "5, 42,10330,-1", capsys=capsys)["ids"]
+    assert explained == [{"id": i, "meaning": registry.describe(i)} for i in (5, 42, 10330, -1)]
+    code, stdout, _ = run("show", "any-to-any", "--ids", "5,10330", capsys=capsys)
+    assert stdout == "5: <image>\n10330: unused id 10330\n"
 
 
 def test_extend_and_diff(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

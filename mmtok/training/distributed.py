@@ -9,6 +9,7 @@ every rank does the same arithmetic in the same order. Codebooks reduce their ow
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
@@ -24,6 +25,7 @@ def start() -> None:
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)  # else its threads outlive the interpreter and abort
 
 
 def rank() -> int:
