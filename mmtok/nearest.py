@@ -313,6 +313,8 @@ def _candidates(
             row_least = least[start : start + m]
             torch.minimum(row_least, group_least.amin(0), out=row_least)
             limit = row_least + slack[start : start + m]
+            if skip is not None:  # where all of a tile is skipped, the least is infinite: not a candidate
+                limit.clamp_(max=torch.finfo(work).max)
             group, row = (group_least <= limit).nonzero(as_tuple=True)
             near = groups[group, :, row]
             pair, step = (near <= limit[row][:, None]).nonzero(as_tuple=True)

@@ -257,15 +257,22 @@ def test_near_ties_against_all_distances(n, k, seed, size):
     with sizes(*size):
         report = near_ties(x, c, within=0.01)
     distances = (x.double()[:, None] - c.double()).square().sum(-1)
-    (least, second), (first, other) = (t.T for t in distances.topk(2, 1, largest=False))
+    (least, second), _ = (t.T for t in distances.topk(2, 1, largest=False))
     margins = (second - least) / least
     rows = (margins <= 0.01).nonzero()[:, 0]
     assert torch.equal(report.rows, rows)
     torch.testing.assert_close(report.margins, margins[rows], rtol=1e-6, atol=1e-12)
     assert torch.equal(report.codes[:, 0], nearest(x, c)[rows])
     assert (report.codes[:, 0] != report.codes[:, 1]).all()
-    apart = margins[rows] > 1e-12
-    assert torch.equal(report.codes[apart], torch.stack([first, other], 1)[rows][apart])
+    # Several may be the second: what counts is how far it is.
+    torch.testing.assert_close(distances[rows].gather(1, report.codes[:, 1:])[:, 0], second[rows], rtol=1e-12, atol=0)
+
+
+def test_a_tile_that_holds_the_nearest_alone_gives_no_second():
+    x, c = noise(2, 4), crowded(3, 4)
+    with sizes(1, 1, 1, 0, 1):
+        report = near_ties(x, c, within=0.01)
+    assert (report.codes[:, 0] != report.codes[:, 1]).all()
 
 
 def test_codes_that_rounding_changes_are_near_ties():
