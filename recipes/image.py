@@ -128,7 +128,8 @@ def main() -> None:
         back = codec.decode(codes).cpu()
         x, y = (match_channels(z, 3).float() / 255 for z in (val, back))
         error = (y - x).square().mean((1, 2, 3))
-        rows = [torch.cat(list(z[i : i + 16]), 2) for i in (0, 16) for z in (x, y) if len(val) >= i + 16]
+        across = min(16, len(val))
+        rows = [torch.cat(list(z[i : i + across]), 2) for i in (0, 16) for z in (x, y) if len(val) >= i + across]
         figures = {
             "val_psnr": float((-10 * torch.log10(error.clamp(min=1e-6))).mean()),
             "val_psnr_of_mse": float(-10 * torch.log10(error.mean())),
@@ -138,7 +139,7 @@ def main() -> None:
         on_val.count(codes if len(codec.codebook_sizes) > 1 else codes[..., None])
         figures |= {f"val_{k}": v for k, v in on_val.figures().items()} | usage.figures()
         usage.reset()
-        return figures, {"": (torch.cat(rows, 1) * 255).round().byte().numpy()} if rows else {}
+        return figures, {"": (torch.cat(rows, 1) * 255).round().byte().numpy()}
 
     data = digest_of(x.name for x in train)
     settings = {"model": shape, "loss": distance, "size": size, "data": data}

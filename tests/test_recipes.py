@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import mmtok
+from mmtok import media
 from mmtok.audio import SpectralCodec
 from mmtok.errors import ConfigError, DataError, VocabularyError
 from mmtok.image import ImageVQVAE
@@ -155,6 +156,8 @@ def test_image(made, corpus, tmp_path):
     (line,) = [json.loads(x) for x in (made["image"] / "metrics.jsonl").read_text().splitlines()]
     wanted = {"val_psnr", "val_ssim", "val_usage", "val_perplexity", "usage", "perplexity", "dead", "loss", "lr"}
     assert wanted <= line.keys()
+    grid = media.read_image(made["image"] / "samples" / "000003.png")
+    assert grid.shape == (3, 2 * 64, 64), "the one picture of val over its reconstruction"
     arguments = ("--data", corpus, "--out", tmp_path / "again", "--set", *SCHEDULE, "--model", *IMAGE)
     run("image", *arguments, die_at=2)
     assert not (tmp_path / "again" / "model").exists()
