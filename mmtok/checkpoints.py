@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, load_file, save
 
 from mmtok.errors import CheckpointError
 
@@ -224,6 +224,24 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Any], str, dict[str, by
             )
     config = contents.pop(CONFIG).decode()
     return meta, config, contents, directory
+
+
+def read_model(path: str | Path, kind: str) -> tuple[str, dict[str, bytes], dict[str, torch.Tensor], Path]:
+    """Read and check a checkpoint directory that holds a model of one kind.
+
+    Returns:
+        (config.json's text, name -> bytes of the other files, the tensors of model.safetensors, the directory).
+
+    Raises:
+        CheckpointError: as ``read_checkpoint``, another kind, or weights that cannot be read.
+    """
+    meta, config, files, directory = read_checkpoint(path)
+    if meta["kind"] != kind:
+        raise CheckpointError(f"{directory} holds a {meta['kind']!r}, expected a {kind!r}")
+    try:
+        return config, files, load(files[WEIGHTS]), directory
+    except (KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{directory}: no readable {WEIGHTS} ({error})") from error
 
 
 def tensors_to_bytes(state: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:

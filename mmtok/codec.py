@@ -7,9 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from mmtok import checkpoints
@@ -84,14 +82,8 @@ class CodecModel(nn.Module):
         Raises:
             CheckpointError: missing, damaged, of another kind, or not fitting its config.
         """
-        meta, config_json, files, directory = checkpoints.read_checkpoint(path)
-        if meta["kind"] != cls.kind:
-            raise CheckpointError(f"{directory} holds a {meta['kind']!r}, expected a {cls.kind!r}")
+        config_json, files, state, directory = checkpoints.read_model(path, cls.kind)
         model = cls(cls.config_class.from_json(config_json))
-        try:
-            state = safetensors.torch.load(files[checkpoints.WEIGHTS])
-        except (KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{directory}: no readable {checkpoints.WEIGHTS} ({error})") from error
         rest = {k: v for k, v in model.state_dict().items() if k.rsplit(".", 1)[-1] in TRAINING_ONLY}
         wide = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
         checkpoints.load_strict(model, {**rest, **wide}, str(directory))

@@ -18,10 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import safetensors.torch
 import torch
 from encodec.model import ROOT_URL, EncodecModel
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mmtok import checkpoints
@@ -246,15 +244,8 @@ class Encodec(nn.Module):
         Raises:
             CheckpointError: missing, damaged, of another kind, or with weights that cannot be used.
         """
-        meta, config_json, files, directory = checkpoints.read_checkpoint(path)
-        if meta["kind"] != cls.kind:
-            raise CheckpointError(f"{directory} holds a {meta['kind']!r}, expected a {cls.kind!r}")
-        config = EncodecConfig.from_json(config_json)
-        try:
-            state = safetensors.torch.load(files[checkpoints.WEIGHTS])
-        except (KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{directory}: no readable {checkpoints.WEIGHTS} ({error})") from error
-        return cls(config, state)
+        config_json, _, state, _ = checkpoints.read_model(path, cls.kind)
+        return cls(EncodecConfig.from_json(config_json), state)
 
     def _files(self) -> dict[str, bytes]:
         return {checkpoints.WEIGHTS: self._weights}

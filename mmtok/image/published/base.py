@@ -7,9 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mmtok import checkpoints
@@ -67,13 +65,7 @@ class PublishedTokenizer(ImageTokenizer):
         Raises:
             CheckpointError: missing, damaged, of another kind, or not fitting its config.
         """
-        meta, config_json, files, directory = checkpoints.read_checkpoint(path)
-        if meta["kind"] != cls.kind:
-            raise CheckpointError(f"{directory} holds a {meta['kind']!r}, expected a {cls.kind!r}")
-        try:
-            state = safetensors.torch.load(files[checkpoints.WEIGHTS])
-        except (KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{directory}: no readable {checkpoints.WEIGHTS} ({error})") from error
+        config_json, _, state, directory = checkpoints.read_model(path, cls.kind)
         return cls.from_weights(cls.config_class.from_json(config_json), state, str(directory))
 
     def _files(self) -> dict[str, bytes]:
