@@ -49,6 +49,13 @@ def photograph(data: Path) -> np.ndarray:
     raise SystemExit(f"{data / 'images.jsonl'} has no photograph in its val split")
 
 
+def windows(photo: np.ndarray, size: int, count: int, seed: int) -> np.ndarray:
+    """Squares of the photograph at random places, uint8 [count, 3, size, size]."""
+    r = np.random.default_rng(seed)
+    at = [(r.integers(PHOTO[0] - size + 1), r.integers(PHOTO[1] - size + 1)) for _ in range(count)]
+    return np.stack([photo[:, y : y + size, x : x + size] for y, x in at])
+
+
 def turns(*calls: Callable[[], object]) -> list[list[float]]:
     """Seconds of each call, in turns, after two that do not count."""
     out: list[list[float]] = [[] for _ in calls]
@@ -70,9 +77,7 @@ def tensors(name: str, photo: np.ndarray, size: int, count: int) -> dict:
     """Shares of the bare network's speed that encode reaches on pictures of one size."""
     tokenizer = mmtok.load(name)
     book = tokenizer.quantizer.books[0].entries
-    r = np.random.default_rng(0)
-    at = [(r.integers(PHOTO[0] - size + 1), r.integers(PHOTO[1] - size + 1)) for _ in range(count)]
-    pixels = torch.from_numpy(np.stack([photo[:, y : y + size, x : x + size] for y, x in at]))
+    pixels = torch.from_numpy(windows(photo, size, count, 0))
     floats = pixels.float() / 127.5 - 1
 
     def bare() -> torch.Tensor:
@@ -99,12 +104,10 @@ def tensors(name: str, photo: np.ndarray, size: int, count: int) -> dict:
 def files(name: str, photo: np.ndarray, size: int = 256, count: int = 64) -> dict:
     """Share of the bare network's speed that JPEG files are encoded at."""
     tokenizer = mmtok.load(name)
-    r = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{i}.jpg" for i in range(count)]
-        for path in paths:
-            y, x = r.integers(PHOTO[0] - size + 1), r.integers(PHOTO[1] - size + 1)
-            PILImage.fromarray(photo[:, y : y + size, x : x + size].transpose(1, 2, 0)).save(path, quality=90)
+        for path, window in zip(paths, windows(photo, size, count, 1), strict=True):
+            PILImage.fromarray(window.transpose(1, 2, 0)).save(path, quality=90)
         batches = [
             torch.from_numpy(np.stack([media.read_image(p) for p in paths[i : i + 16]])).float() / 127.5 - 1
             for i in range(0, count, 16)

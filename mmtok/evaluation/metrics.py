@@ -1,6 +1,6 @@
 """How close a reconstruction is, and how much of a codebook is used. All functions are pure and work row by row.
 
-SSIM and MS-SSIM are those of :mod:`mmtok.training.ssim`.
+SSIM and MS-SSIM are those of :mod:`mmtok.training.ssim`, histograms those of :mod:`mmtok.training.histograms`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,12 @@ import torch
 import torchaudio
 from torch import Tensor
 
-from mmtok.errors import MediaError, VocabularyError
+from mmtok.errors import MediaError
+from mmtok.training.histograms import check_histogram
+from mmtok.training.histograms import code_histogram as code_histogram
+from mmtok.training.histograms import codebook_usage as codebook_usage
+from mmtok.training.histograms import entropy_bits as entropy_bits
+from mmtok.training.histograms import perplexity as perplexity
 from mmtok.training.ssim import ms_ssim as ms_ssim
 from mmtok.training.ssim import ssim as ssim
 
@@ -97,45 +102,6 @@ def stoi(reference: Tensor, estimate: Tensor, sample_rate: int) -> Tensor:
     return torch.tensor([_stoi(p, q, sample_rate) for p, q in zip(a, b, strict=True)], dtype=torch.float64)
 
 
-def code_histogram(codes: Tensor, codebook_size: int) -> Tensor:
-    """How often each code occurs: int64 [codebook_size]. Histograms of batches add up.
-
-    Args:
-        codes: integers of any shape, 0..codebook_size - 1.
-
-    Raises:
-        VocabularyError: not integers, or a code out of range.
-    """
-    if codes.is_floating_point() or codes.dtype == torch.bool:
-        raise VocabularyError(f"got codes {codes.dtype}, expected integers")
-    flat = codes.flatten().long()
-    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= codebook_size):
-        raise VocabularyError(f"got codes {int(flat.min())}..{int(flat.max())}, expected 0..{codebook_size - 1}")
-    return torch.bincount(flat, minlength=codebook_size)
-
-
-def codebook_usage(histogram: Tensor) -> float:
-    """Share of the codes that occur at all, 0..1, of a histogram [codebook_size]."""
-    _check_histogram(histogram)
-    return float((histogram > 0).double().mean())
-
-
-def perplexity(histogram: Tensor) -> float:
-    """2 ** :func:`entropy_bits`, 1..codebook_size: how many codes, used equally often, would carry as much."""
-    return 2.0 ** entropy_bits(histogram)
-
-
-def entropy_bits(histogram: Tensor) -> float:
-    """Entropy of the codes in bits a code, 0..log2(codebook_size), of a histogram [codebook_size].
-
-    Raises:
-        VocabularyError: no code was counted.
-    """
-    _check_histogram(histogram)
-    share = histogram.double() / histogram.sum()
-    return float(-torch.special.xlogy(share, share).sum() / math.log(2)) + 0.0
-
-
 def adaptive_bits(histogram: Tensor, prior: float = 0.5) -> float:
     """Bits of all codes of a histogram [codebook_size] under a model that learns their shares while it reads them.
 
@@ -152,7 +118,7 @@ def adaptive_bits(histogram: Tensor, prior: float = 0.5) -> float:
     Raises:
         VocabularyError: no code was counted.
     """
-    _check_histogram(histogram)
+    check_histogram(histogram)
     counts = histogram.double()
     start = torch.tensor([prior, prior * len(counts)], dtype=torch.float64, device=counts.device)
     total = torch.lgamma(counts.sum() + start[1]) - torch.lgamma(start[1])
@@ -165,11 +131,6 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
         raise MediaError(
             f"got {x.dtype} {list(x.shape)} and {y.dtype} {list(y.shape)}, expected two float [B, ...] of one shape"
         )
-
-
-def _check_histogram(histogram: Tensor) -> None:
-    if histogram.dim() != 1 or bool((histogram < 0).any()) or not histogram.sum() > 0:
-        raise VocabularyError(f"got a histogram {list(histogram.shape)} without counts, expected [codebook_size]")
 
 
 def _stoi(reference: np.ndarray, estimate: np.ndarray, sample_rate: int) -> float:

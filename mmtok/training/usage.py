@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mmtok.codebook import DEAD_SHARE, sum_over_ranks
+from mmtok.training.histograms import code_histogram, codebook_usage, perplexity
 
 Figures = dict[str, float]
 
@@ -30,7 +31,7 @@ class CodebookUsage(nn.Module):
     def count(self, codes: Tensor) -> None:
         """Take in codes int64 [..., levels]; in training mode those of all ranks, which must all call it."""
         for level, counts in enumerate(self.buffers()):
-            drawn = torch.bincount(codes[..., level].flatten(), minlength=len(counts))
+            drawn = code_histogram(codes[..., level], len(counts))
             counts += sum_over_ranks(drawn) if self.training else drawn
 
     def figures(self) -> Figures:
@@ -39,12 +40,12 @@ class CodebookUsage(nn.Module):
         """
         out: Figures = {}
         for level, counts in enumerate(self.buffers()):
-            total = int(counts.sum())
-            if total:
-                share, name = counts.double() / total, f"_{level}" if level else ""
-                out[f"usage{name}"] = float((counts > 0).double().mean())
-                out[f"perplexity{name}"] = float(torch.special.entr(share).sum().exp())
-                out[f"dead{name}"] = float((share < DEAD_SHARE / len(counts)).sum())
+            if counts.any():
+                name = f"_{level}" if level else ""
+                least = DEAD_SHARE * float(counts.sum()) / len(counts)
+                out[f"usage{name}"] = codebook_usage(counts)
+                out[f"perplexity{name}"] = perplexity(counts)
+                out[f"dead{name}"] = float((counts < least).sum())
         return out
 
     def reset(self) -> None:
