@@ -97,7 +97,6 @@ class AudioTokenizer(nn.Module, ABC):
     def encode(
         self, samples: Sequence[Tensor], levels: int | None = ..., *, bandwidth: float | None = ...
     ) -> list[Tensor]: ...
-    @exact
     def encode(
         self, samples: Tensor | Sequence[Tensor], levels: int | None = None, *, bandwidth: float | None = None
     ) -> Tensor | list[Tensor]:
@@ -131,7 +130,6 @@ class AudioTokenizer(nn.Module, ABC):
     def decode(self, codes: Tensor, length: int | None = ...) -> Tensor: ...
     @overload
     def decode(self, codes: Sequence[Tensor], length: Sequence[int] | None = ...) -> list[Tensor]: ...
-    @exact
     def decode(
         self, codes: Tensor | Sequence[Tensor], length: int | Sequence[int] | None = None
     ) -> Tensor | list[Tensor]:
@@ -208,7 +206,7 @@ class AudioTokenizer(nn.Module, ABC):
             raise MediaError(f"{where}got NaN or infinity among the samples, expected float32 in -1..1")
 
     def check_codes(self, codes: Tensor, where: str = "") -> None:
-        """Raise VocabularyError unless ``codes`` is int64 [B, L, F] with codes in range; ``where`` begins the message."""
+        """Raise VocabularyError unless ``codes`` is int64 [B, L, F] within the codebooks."""
         if codes.dtype != torch.int64 or codes.ndim != 3:
             raise VocabularyError(f"{where}got codes {codes.dtype} {list(codes.shape)}, expected int64 [B, levels, F]")
         try:
@@ -224,12 +222,14 @@ class AudioTokenizer(nn.Module, ABC):
                 f"expected 0 to {self.codebook_sizes[level] - 1}"
             )
 
+    @exact
     def _encode(self, samples: Tensor, levels: int) -> Tensor:
         rows, _, length = samples.shape
         if not rows or not length:
             return torch.zeros(rows, levels, math.ceil(length / self.hop), dtype=torch.int64)
         return torch.cat([self.to_codes(row, levels) for row in samples.split(1)])
 
+    @exact
     def _decode(self, codes: Tensor, length: int) -> Tensor:
         if not len(codes) or not length:
             return torch.zeros(len(codes), self.channels, length)
