@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("arrays", "config"),
-    ("checkpoints",),
+    ("archive", "checkpoints"),
+    ("published", "weights"),
     ("layouts",),
     ("blocks",),
     ("idmap",),

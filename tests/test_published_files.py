@@ -17,10 +17,10 @@ from vqgan_files import llamagen, picture, taming, write
 
 import mmtok
 from mmtok import media
+from mmtok.archive import module_tensors, read_archive
 from mmtok.errors import CheckpointError
 from mmtok.image import published
-from mmtok.image.published.archive import module_tensors, read_archive
-from mmtok.image.published.weights import read_state
+from mmtok.weights import read_state
 
 TAMING = taming((1, 1), blocks=1, attention=())
 

@@ -6,19 +6,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar
 
-from mmtok.config import Config
-from mmtok.errors import CheckpointError, ConfigError
+from mmtok.errors import CheckpointError
 from mmtok.image.published.emu3 import Emu3VQ, Emu3VQConfig
 from mmtok.image.published.importers import read_shape
 from mmtok.image.published.vqgan import VQGAN
 from mmtok.image.published.vqmodel import VQModel, VQModelConfig
-from mmtok.image.published.weights import read_directory, read_json, without
-
-C = TypeVar("C", bound=Config)
+from mmtok.published import config_of
+from mmtok.weights import read_directory, read_json, without
 
 _INSIDE = ("model.vqmodel.", "vqmodel.")  # where a whole Chameleon and a whole Emu3 keep their tokenizer
 _FOLDERS = ("vqvae", "movq")  # where pipelines keep a VQModel
@@ -51,7 +47,7 @@ def import_transformers(directory: str | Path) -> VQGAN | Emu3VQ:
         state = without(state, "post_quant_conv.")  # it belongs to the decoder
         return VQGAN.from_weights(read_shape(state, str(place)), state, str(place))
     _check_processor(place / "preprocessor_config.json")
-    config = _fields(Emu3VQConfig, settings.get("vq_config", {}) if whole else settings, place)
+    config = config_of(Emu3VQConfig, settings.get("vq_config", {}) if whole else settings, place)
     return Emu3VQ.from_weights(config, {f"model.{k}": v for k, v in state.items()}, str(place))
 
 
@@ -76,18 +72,9 @@ def import_diffusers(directory: str | Path, unit_range: bool | None = None) -> V
     if unit_range is None:
         name = "" if pipeline is None else str(read_json(pipeline / "model_index.json").get("_class_name"))
         unit_range = name.startswith(_UNIT_RANGE)
-    config = _fields(VQModelConfig, {**settings, "unit_range": unit_range}, place)
+    config = config_of(VQModelConfig, {**settings, "unit_range": unit_range}, place)
     state = {f"model.{k}": v for k, v in read_directory(place, "diffusion_pytorch_model").items()}
     return VQModel.from_weights(config, state, str(place))
-
-
-def _fields(config_class: type[C], settings: Any, place: Path) -> C:
-    """The entries of a config.json that are fields; the rest is bookkeeping of the library that wrote it."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    try:
-        return config_class.from_dict({k: v for k, v in dict(settings).items() if k in names})
-    except (ConfigError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{place / 'config.json'} cannot be used: {error}; fetch the directory again") from error
 
 
 def _check_processor(file: Path) -> None:

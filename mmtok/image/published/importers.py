@@ -22,11 +22,11 @@ import torch
 import yaml
 from torch import Tensor
 
+from mmtok.archive import module_tensors, read_archive
 from mmtok.errors import CheckpointError, ConfigError
-from mmtok.image.published.archive import module_tensors, read_archive
 from mmtok.image.published.quantize import Scalars
 from mmtok.image.published.vqgan import VQGAN, VQGANConfig
-from mmtok.image.published.weights import read_state, without
+from mmtok.weights import read_state, without
 
 COSMOS_LEVELS = (8, 8, 8, 5, 5, 5)  # cosmos_tokenizer/networks/configs.py: 64000 codes
 # What model.yaml may say that changes the network in ways that leave no trace in the weights.

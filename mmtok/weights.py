@@ -16,9 +16,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mmtok.archive import read_archive
 from mmtok.checkpoints import load_tensors
 from mmtok.errors import CheckpointError
-from mmtok.image.published.archive import read_archive
 
 WRAPPERS = ("state_dict", "model")  # keys under which Lightning and LlamaGen keep the weights, beside other things
 
