@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 
 from mmtok.audio.codec import SpectralCodec
 from mmtok.audio.encodec import Encodec
+from mmtok.audio.published import DAC, SNAC, Mimi, PublishedCodec, XCodec
 from mmtok.checkpoints import META, bundled_directory, read_meta, resolve
 from mmtok.errors import CheckpointError, VocabularyError
 from mmtok.image.published import VQGAN, Emu3VQ, PublishedTokenizer, VQModel
@@ -19,7 +20,9 @@ from mmtok.image.vqvae import ImageVQVAE
 from mmtok.registry import VOCAB_FILE, VocabularyRegistry
 from mmtok.text.bpe import ByteLevelBPE
 
-TOKENIZERS = {c.kind: c for c in (ByteLevelBPE, ImageVQVAE, VQGAN, Emu3VQ, VQModel, SpectralCodec, Encodec)}
+_TEXT, _IMAGE = (ByteLevelBPE,), (ImageVQVAE, VQGAN, Emu3VQ, VQModel)
+_AUDIO = (SpectralCodec, Encodec, DAC, Mimi, SNAC, XCodec)
+TOKENIZERS = {c.kind: c for c in (*_TEXT, *_IMAGE, *_AUDIO)}
 
 
 @runtime_checkable
@@ -38,7 +41,9 @@ class Tokenizer(Protocol):
     def save(self, path: str | Path) -> None: ...
 
 
-def load(path: str | Path) -> ByteLevelBPE | ImageVQVAE | PublishedTokenizer | SpectralCodec | Encodec:
+def load(
+    path: str | Path,
+) -> ByteLevelBPE | ImageVQVAE | PublishedTokenizer | SpectralCodec | Encodec | PublishedCodec:
     """Load a tokenizer; its mmtok.json says which class it is.
 
     Args:

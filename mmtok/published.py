@@ -75,8 +75,13 @@ class Published(nn.Module):
         return {checkpoints.WEIGHTS: checkpoints.tensors_to_bytes(self.state_dict())}
 
 
-def config_of(config_class: type[C], settings: Any, place: Path) -> C:
+def config_of(config_class: type[C], settings: Any, file: Path) -> C:
     """The entries of a config.json that are fields; the rest is bookkeeping of the library that wrote it.
+
+    Args:
+        config_class: the class that has the fields.
+        settings: a dictionary of JSON types.
+        file: that they come from, for messages.
 
     Raises:
         CheckpointError: a value of the wrong type, or an impossible one.
@@ -85,4 +90,4 @@ def config_of(config_class: type[C], settings: Any, place: Path) -> C:
     try:
         return config_class.from_dict({k: v for k, v in dict(settings).items() if k in names})
     except (ConfigError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{place / 'config.json'} cannot be used: {error}; fetch the directory again") from error
+        raise CheckpointError(f"{file} cannot be used: {error}; fetch it again") from error

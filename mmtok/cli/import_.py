@@ -1,4 +1,4 @@
-"""``mmtok import``: a published image tokenizer into a checkpoint of mmtok's."""
+"""``mmtok import``: a published tokenizer of images or sounds into a checkpoint of mmtok's."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from typing import Annotated
 
 import typer
 
-from mmtok.image import published
+from mmtok.audio import published as sounds
+from mmtok.errors import CheckpointError
+from mmtok.image import published as images
+
+ALL = (*images.SYSTEMS, *sounds.SYSTEMS)
 
 
 def import_(
-    system: Annotated[str, typer.Argument(help=f"One of: {', '.join(published.SYSTEMS)}.", show_default=False)],
+    system: Annotated[str, typer.Argument(help=f"One of: {', '.join(ALL)}.", show_default=False)],
     path: Annotated[Path, typer.Argument(help="The published file or directory, on this machine.", show_default=False)],
     out: Annotated[Path, typer.Option("-o", "--out", help="The checkpoint directory to write.", file_okay=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
-    """Turn a published image tokenizer into a checkpoint that every other command takes.
+    """Turn a published tokenizer of images or sounds into a checkpoint that every other command takes.
 
-    Files are read as data: no code in them runs. What each system's path is:
+    Files are read as data: no code in them runs. What each system's path is, for images:
 
     taming: last.ckpt of a VQGAN, beside which a last.yaml is checked if there is one
 
@@ -33,25 +37,47 @@ def import_(
 
     diffusers: a saved VQModel, or a pipeline with one
 
+    For sounds:
+
+    dac: weights of descript-audio-codec (.pth), or a directory of transformers
+
+    mimi: a directory of transformers
+
+    snac: the directory with config.json and pytorch_model.bin
+
+    xcodec: a directory of transformers
+
     Example: mmtok import llamagen vq_ds16_c2i.pt -o llamagen-f16
     """
-    tokenizer = published.load(system, path)
+    tokenizer: images.PublishedTokenizer | sounds.PublishedCodec
+    if system in sounds.SYSTEMS:
+        tokenizer = sounds.SYSTEMS[system].from_published(path)
+    elif system in images.SYSTEMS:
+        tokenizer = images.load(system, path)
+    else:
+        raise CheckpointError(f"no published system {system!r}; mmtok reads: {', '.join(ALL)}")
     tokenizer.save(out)
+    codes, shape = tokenizer.codebook_sizes[0], dict(tokenizer.properties)
+    if isinstance(tokenizer, sounds.PublishedCodec):
+        shape["levels"] = levels = len(tokenizer.codebook_sizes)
+        rate = tokenizer.sample_rate
+        each = f"of {levels} levels, {rate / tokenizer.hop:g} frames a second at {rate} Hz, {tokenizer.bandwidth():.3g} kb/s"
+    else:
+        each = f"of {tokenizer.downsample}x{tokenizer.downsample} pixels"
     report = {
         "system": system,
         "source": str(path),
         "out": str(out),
         "kind": tokenizer.kind,
-        "codes": tokenizer.codebook_sizes[0],
-        "downsample": tokenizer.downsample,
+        "codes": codes,
+        **shape,
         "parameters": sum(p.numel() for p in tokenizer.parameters()),
         "fingerprint": tokenizer.fingerprint,
     }
     if as_json:
         print(json.dumps(report))
     else:
-        side = tokenizer.downsample
         print(
-            f"{path} -> {out}: {tokenizer.kind}, {report['codes']} codes of {side}x{side} pixels, "
-            f"{report['parameters']} parameters, fingerprint {tokenizer.fingerprint[:12]}"
+            f"{path} -> {out}: {tokenizer.kind}, {codes} codes {each}, {report['parameters']} parameters, "
+            f"fingerprint {tokenizer.fingerprint[:12]}"
         )

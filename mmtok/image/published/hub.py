@@ -47,7 +47,7 @@ def import_transformers(directory: str | Path) -> VQGAN | Emu3VQ:
         state = without(state, "post_quant_conv.")  # it belongs to the decoder
         return VQGAN.from_weights(read_shape(state, str(place)), state, str(place))
     _check_processor(place / "preprocessor_config.json")
-    config = config_of(Emu3VQConfig, settings.get("vq_config", {}) if whole else settings, place)
+    config = config_of(Emu3VQConfig, settings.get("vq_config", {}) if whole else settings, place / "config.json")
     return Emu3VQ.from_weights(config, {f"model.{k}": v for k, v in state.items()}, str(place))
 
 
@@ -72,7 +72,7 @@ def import_diffusers(directory: str | Path, unit_range: bool | None = None) -> V
     if unit_range is None:
         name = "" if pipeline is None else str(read_json(pipeline / "model_index.json").get("_class_name"))
         unit_range = name.startswith(_UNIT_RANGE)
-    config = config_of(VQModelConfig, {**settings, "unit_range": unit_range}, place)
+    config = config_of(VQModelConfig, {**settings, "unit_range": unit_range}, place / "config.json")
     state = {f"model.{k}": v for k, v in read_directory(place, "diffusion_pytorch_model").items()}
     return VQModel.from_weights(config, state, str(place))
 
