@@ -49,6 +49,11 @@ class AudioTokenizer(nn.Module, ABC):
     def codebook_sizes(self) -> tuple[int, ...]:
         """Codes in each codebook, a row of the codes, coarse to fine."""
 
+    @property
+    def all_codebook_sizes(self) -> tuple[int, ...]:
+        """As ``codebook_sizes``, with levels that a call can ask for beyond those that it has by default."""
+        return self.codebook_sizes
+
     @abstractmethod
     def to_codes(self, samples: Tensor, levels: int) -> Tensor:
         """float32 [1, channels, T], T at least 1 -> int64 [1, levels, ceil(T / hop)]."""
@@ -59,8 +64,8 @@ class AudioTokenizer(nn.Module, ABC):
 
     def check_levels(self, levels: int) -> None:
         """Raise ConfigError unless the tokenizer can work with the first ``levels`` of its codebooks."""
-        if not 1 <= levels <= len(self.codebook_sizes):
-            raise ConfigError(f"got {levels} levels, expected 1 to {len(self.codebook_sizes)}")
+        if not 1 <= levels <= len(self.all_codebook_sizes):
+            raise ConfigError(f"got {levels} levels, expected 1 to {len(self.all_codebook_sizes)}")
 
     @property
     def properties(self) -> dict[str, Any]:
@@ -68,8 +73,8 @@ class AudioTokenizer(nn.Module, ABC):
         return {"sample_rate": self.sample_rate, "hop": self.hop}
 
     def bandwidth(self, levels: int | None = None) -> float:
-        """Nominal bit rate in kb/s of the first ``levels`` levels; all by default."""
-        sizes = self.codebook_sizes[:levels]
+        """Nominal bit rate in kb/s of the first ``levels`` levels; by default of ``codebook_sizes``."""
+        sizes = self.codebook_sizes if levels is None else self.all_codebook_sizes[:levels]
         return sum(math.log2(size) for size in sizes) * self.sample_rate / self.hop / 1000
 
     def levels_at(self, bandwidth: float) -> int:
@@ -79,7 +84,7 @@ class AudioTokenizer(nn.Module, ABC):
             ConfigError: no number of levels has it; the message names those that there are.
         """
         rates = {}
-        for levels in range(1, len(self.codebook_sizes) + 1):
+        for levels in range(1, len(self.all_codebook_sizes) + 1):
             try:
                 self.check_levels(levels)
             except ConfigError:
@@ -105,7 +110,8 @@ class AudioTokenizer(nn.Module, ABC):
         Args:
             samples: float32 [B, channels, T] in -1..1 at ``sample_rate``, or a sequence of sounds [channels, T] of
                 different lengths; any T, 0 included.
-            levels: the first so many codebooks; all by default. Fewer give the first rows of the codes of all.
+            levels: the first so many codebooks; those of ``codebook_sizes`` by default. Fewer give the first rows of
+                the codes of all.
             bandwidth: the same as a nominal bit rate in kb/s.
 
         Returns:
@@ -202,7 +208,8 @@ class AudioTokenizer(nn.Module, ABC):
             raise MediaError(
                 f"{where}got {samples.dtype} {list(samples.shape)}, expected float32 [B, {self.channels}, T]{hint}"
             )
-        if not torch.isfinite(samples).all():
+        # Of a long sound each elementwise comparison would be a copy.
+        if samples.numel() and not torch.isfinite(torch.stack(samples.aminmax())).all():
             raise MediaError(f"{where}got NaN or infinity among the samples, expected float32 in -1..1")
 
     def check_codes(self, codes: Tensor, where: str = "") -> None:
@@ -213,13 +220,13 @@ class AudioTokenizer(nn.Module, ABC):
             self.check_levels(codes.shape[1])
         except ConfigError as error:
             raise VocabularyError(f"{where}got codes {list(codes.shape)}: {error}") from error
-        sizes = torch.tensor(self.codebook_sizes[: codes.shape[1]], device=codes.device)[:, None]
+        sizes = torch.tensor(self.all_codebook_sizes[: codes.shape[1]], device=codes.device)[:, None]
         bad = ((codes < 0) | (codes >= sizes)).nonzero()
         if len(bad):
             row, level, frame = bad[0].tolist()
             raise VocabularyError(
                 f"{where}row {row}, level {level}, frame {frame}: got code {int(codes[row, level, frame])}, "
-                f"expected 0 to {self.codebook_sizes[level] - 1}"
+                f"expected 0 to {self.all_codebook_sizes[level] - 1}"
             )
 
     @exact
@@ -233,7 +240,8 @@ class AudioTokenizer(nn.Module, ABC):
     def _decode(self, codes: Tensor, length: int) -> Tensor:
         if not len(codes) or not length:
             return torch.zeros(len(codes), self.channels, length)
-        return torch.cat([self.to_samples(row)[..., :length] for row in codes.split(1)]).clamp(-1, 1)
+        rows = [self.to_samples(row)[..., :length] for row in codes.split(1)]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)).clamp_(-1, 1)
 
     def _check_length(self, length: int | None, frames: int) -> int:
         total, least = frames * self.hop, max(0, (frames - 1) * self.hop + 1)
