@@ -20,7 +20,8 @@ from mmtok.checkpoints import META, bundled_directory, read_meta
 from mmtok.cli.evaluate import show_figures, show_peers
 from mmtok.evaluation.baselines import available
 from mmtok.evaluation.images import image_report
-from mmtok.evaluation.pictures import Pictures, choose
+from mmtok.evaluation.pictures import Pictures
+from mmtok.evaluation.sets import choose
 from mmtok.image.tokenizer import ImageTokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "image_quality.json"
@@ -46,7 +47,7 @@ def main() -> None:
         parser.error("--limit is for --split val: published figures are of all pictures")
     torch.set_num_threads(1)
     tokenizers = {name: loading.load(name) for name in args.tokenizers or bundled()}
-    chosen, _ = choose(args.data / "images.jsonl", args.split)
+    chosen, _ = choose(args.data / "images.jsonl", "image", args.split)
     figures: dict = {"machine": f"{platform.machine()}, one thread, torch {torch.__version__}", "split": args.split}
     for source in SOURCES:
         pictures = Pictures([item for item in chosen if item.source == source][: args.limit], SIZE)

@@ -18,7 +18,8 @@ from mmtok import media
 from mmtok.errors import ConfigError, MediaError
 from mmtok.evaluation import baselines
 from mmtok.evaluation.baselines import Setting, at_bits, cut, mosaic, refine
-from mmtok.evaluation.pictures import Pictures, choose
+from mmtok.evaluation.pictures import Pictures
+from mmtok.evaluation.sets import choose
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +147,7 @@ def test_names_of_peers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bytes_are_counted_in_three_ways(folder: Path) -> None:
-    pictures = Pictures(choose(folder)[0], size=32)
+    pictures = Pictures(choose(folder, "image")[0], size=32)
     curves = baselines.sweeps("JPEG", pictures, [])
     assert list(curves) == ["file", "minus_blank", "mosaic"]
     for kind, curve in curves.items():
@@ -168,7 +169,7 @@ def test_bytes_are_counted_in_three_ways(folder: Path) -> None:
 
 
 def test_several_mosaics(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pictures = Pictures(choose(folder)[0], size=32)
+    pictures = Pictures(choose(folder, "image")[0], size=32)
     one = baselines.sweeps("JPEG", pictures, [])["mosaic"]
     monkeypatch.setattr(baselines, "MOSAIC_SIDE", 64)
     assert baselines.sweeps("JPEG", pictures, [])["mosaic"] == one

@@ -21,8 +21,9 @@ from mmtok.errors import DataError, MediaError
 from mmtok.evaluation.closeness import Closeness, compare, notes, summarize
 from mmtok.evaluation.images import image_report, measure, reconstruct
 from mmtok.evaluation.metrics import psnr, ssim
-from mmtok.evaluation.pictures import Pictures, choose
+from mmtok.evaluation.pictures import Pictures
 from mmtok.evaluation.plots import best_median_worst, contact_sheet, rate_distortion
+from mmtok.evaluation.sets import choose
 from mmtok.image.tokenizer import ImageTokenizer
 from mmtok.training.corpus import split_of
 
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(folder: Path) -> Pictures:
-    return Pictures(choose(folder)[0])
+    return Pictures(choose(folder, "image")[0])
 
 
 class Exact(ImageTokenizer, nn.Module):
@@ -178,7 +179,7 @@ def test_a_tokenizer_that_does_not_keep_its_codes(pictures: Pictures) -> None:
 def test_alpha_is_seen_on_white(tmp_path: Path) -> None:
     rgba = np.concatenate([drawing(24, 30, 1), np.linspace(0, 255, 24 * 30).reshape(1, 24, 30).astype(np.uint8)])
     media.write_image(tmp_path / "see-through.png", rgba)
-    pictures = Pictures(choose(tmp_path)[0])
+    pictures = Pictures(choose(tmp_path, "image")[0])
     assert pictures[0].shape == (3, 24, 30)
     assert np.array_equal(pictures.with_alpha(0), rgba)
     alpha, opaque = measure(Alpha(), pictures)[0], measure(Exact(), pictures)[0]
@@ -191,17 +192,17 @@ def test_alpha_is_seen_on_white(tmp_path: Path) -> None:
 
 
 def test_pictures_of_folders_and_manifests(folder: Path, tmp_path: Path) -> None:
-    found, split = choose(folder)
+    found, split = choose(folder, "image")
     assert ([x.document for x in found], split) == (["0", "1", "2", "3"], None)
-    assert {x.document for x in choose(folder, limit=2)[0]} < {"0", "1", "2", "3"}
-    assert choose(folder, limit=2) == choose(folder, limit=2)
+    assert {x.document for x in choose(folder, "image", limit=2)[0]} < {"0", "1", "2", "3"}
+    assert choose(folder, "image", limit=2) == choose(folder, "image", limit=2)
     own = {split_of(x) for x in "0123"}
     for name in ("train", "val", "test"):
         if name in own:
-            assert [x.document for x in choose(folder, name)[0]] == [x for x in "0123" if split_of(x) == name]
+            assert [x.document for x in choose(folder, "image", name)[0]] == [x for x in "0123" if split_of(x) == name]
         else:
             with pytest.raises(DataError, match=f"no image in split '{name}'"):
-                choose(folder, name)
+                choose(folder, "image", name)
     manifest = tmp_path / "images.jsonl"
     lines = [
         {"id": f"{s}-{i}", "split": s, "segments": [{"type": "image", "path": str(folder / f"{i}.png")}]}
@@ -209,23 +210,23 @@ def test_pictures_of_folders_and_manifests(folder: Path, tmp_path: Path) -> None
         for i in range(2)
     ]
     manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    found, split = choose(manifest)
+    found, split = choose(manifest, "image")
     assert (sorted(x.document for x in found), split) == (["val-0", "val-1"], "val")
     manifest.write_text(json.dumps(lines[-1]) + "\n")
     with pytest.raises(DataError, match="no image in split 'val'"):
-        choose(manifest)
-    assert [x.document for x in choose(manifest, "test")[0]] == ["test-1"]
+        choose(manifest, "image")
+    assert [x.document for x in choose(manifest, "image", "test")[0]] == ["test-1"]
     with pytest.raises(DataError, match="no image in it"):
-        choose(tmp_path)
+        choose(tmp_path, "image")
 
 
 def test_pictures_that_cannot_be_read(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes((folder / "0.png").read_bytes()[:60])
     (tmp_path / "b.png").write_text("no picture")
     with pytest.raises(DataError, match=r"none of 2 pictures can be read; the first: .*a\.png"):
-        Pictures(choose(tmp_path)[0])
+        Pictures(choose(tmp_path, "image")[0])
     media.write_image(tmp_path / "c.png", drawing(20, 30, 0))
-    pictures = Pictures(choose(tmp_path)[0], size=32)
+    pictures = Pictures(choose(tmp_path, "image")[0], size=32)
     assert (pictures.names, pictures.sizes, pictures.pixels) == (["c.png"], [(32, 32)], 1024)
     assert [line.split(":")[0] for line in pictures.unreadable] == [str(tmp_path / "a.png"), str(tmp_path / "b.png")]
     assert np.array_equal(pictures[0], media.fit_image(drawing(20, 30, 0), 32))

@@ -17,8 +17,9 @@ from mmtok.cli.tables import print_table
 from mmtok.errors import CheckpointError, ConfigError
 from mmtok.evaluation.baselines import available, check_peers
 from mmtok.evaluation.images import image_report, reconstruct
-from mmtok.evaluation.pictures import Pictures, choose
+from mmtok.evaluation.pictures import Pictures
 from mmtok.evaluation.plots import contact_sheet, rate_distortion
+from mmtok.evaluation.sets import choose
 from mmtok.image.tokenizer import ImageTokenizer
 
 NO_PEERS = "none"
@@ -55,7 +56,7 @@ def evaluate(
     torch.set_num_threads(1)
     forms = available() if peers is None else [] if peers == NO_PEERS else check_peers(peers.split(","))
     loaded = {label: _load(name) for label, name in _labels(tokenizers).items()}
-    found, split = choose(data, split, limit)
+    found, split = choose(data, "image", split, limit)
     pictures = Pictures(found, size)
     report, psnrs = image_report(loaded, pictures, forms)
     report = {

@@ -10,9 +10,7 @@ Bytes are counted in up to three ways, because a codec's header and tables can b
                    its neighbour, and its filters cross their border.
 
 Files carry no metadata. Chroma is subsampled 4:2:0, the codecs' default, which bounds the PSNR of colours at high
-rates. Speeds are fixed, see ``PEERS``. Between two settings figures are interpolated linearly in the logarithm of the
-rate (Bjøntegaard: Calculation of average PSNR differences between RD-curves, VCEG-M33, 2001); beyond the last setting
-there is no figure.
+rates. Speeds are fixed, see ``PEERS``. Between two settings: :mod:`mmtok.evaluation.rates`.
 """
 
 from __future__ import annotations
@@ -30,7 +28,9 @@ from PIL import features
 
 from mmtok.errors import ConfigError, MediaError
 from mmtok.evaluation.closeness import Closeness, compare, summarize
-from mmtok.evaluation.pictures import Pictures, progress
+from mmtok.evaluation.pictures import Pictures
+from mmtok.evaluation.rates import Figure, Point, at_rate
+from mmtok.evaluation.sets import progress
 
 # The settings of Pillow's encoders. AVIF's speed is 0..10: at 4 it lies within .4 dB of 1 on clip art of 64x64 and
 # takes half as long; at Pillow's own choice, 6, it loses another .6 dB.
@@ -46,9 +46,7 @@ BLOCK = 16  # pixels: pictures in a mosaic start at multiples of it, so that no 
 
 _FEATURES = {"JPEG": "jpg", "WEBP": "webp", "AVIF": "avif"}
 _METADATA = ("icc_profile", "exif", "xmp", "comment")
-_COMPARED = ("psnr_of_mean_error_db", "psnr_mean_db", "ssim")
-
-Point = dict[str, Any]
+_COMPARED = {"psnr_of_mean_error_db": Figure(), "psnr_mean_db": Figure(), "ssim": Figure(digits=4)}
 
 
 class Setting(NamedTuple):
@@ -123,21 +121,7 @@ def at_bits(points: Sequence[Point], bits_per_pixel: float) -> dict[str, float]:
         ``psnr_of_mean_error_db``, ``psnr_mean_db`` and ``ssim`` (without those that the points lack); or only
         ``cannot_go_under`` or ``cannot_go_over``, bits a pixel, where the peer has no such file.
     """
-    rates = [p["bits_per_pixel"] for p in points if p["bits_per_pixel"] > 0]
-    if not rates or bits_per_pixel > max(rates):
-        return {"cannot_go_over": max(rates, default=0.0)}
-    if bits_per_pixel < min(rates):
-        return {"cannot_go_under": min(rates)}
-    out = {}
-    for key in _COMPARED:
-        curve = _best(points, key)
-        if not curve:
-            continue
-        low, at_low = next((r, v) for r, v in reversed(curve) if r <= bits_per_pixel)
-        high, at_high = next(((r, v) for r, v in curve if r > bits_per_pixel), (low, at_low))
-        share = math.log(bits_per_pixel / low) / math.log(high / low) if high > low else 0.0
-        out[key] = round((1 - share) * at_low + share * at_high, 4 if key == "ssim" else 3)
-    return out
+    return at_rate(points, "bits_per_pixel", bits_per_pixel, _COMPARED)
 
 
 def encode(form: str, pixels: np.ndarray, quality: int) -> bytes:
@@ -176,16 +160,6 @@ def decode(data: bytes) -> np.ndarray:
         if extra:
             raise MediaError(f"this Pillow writes {', '.join(extra)} into {image.format} files, expected no metadata")
         return np.ascontiguousarray(np.asarray(image.convert("RGB")).transpose(2, 0, 1))
-
-
-def _best(points: Sequence[Point], key: str) -> list[tuple[float, float]]:
-    """(rate, value) of the settings that come closer than every cheaper one, in order of both."""
-    curve: list[tuple[float, float]] = []
-    have = [(p["bits_per_pixel"], p[key]) for p in points if p["bits_per_pixel"] > 0 and p[key] is not None]
-    for rate, value in sorted(have, key=lambda x: (x[0], -x[1])):
-        if not curve or value > curve[-1][1]:
-            curve.append((rate, value))
-    return curve
 
 
 def _between(rates: dict[int, float], target: float) -> int | None:

@@ -17,7 +17,8 @@ from torch import Tensor
 from mmtok.evaluation.baselines import at_bits, sweeps
 from mmtok.evaluation.closeness import Closeness, compare, notes, summarize
 from mmtok.evaluation.metrics import adaptive_bits, code_histogram, codebook_usage, entropy_bits, perplexity
-from mmtok.evaluation.pictures import Pictures, progress
+from mmtok.evaluation.pictures import Pictures
+from mmtok.evaluation.sets import progress
 from mmtok.image.tokenizer import ImageTokenizer, match_channels
 
 # Two ways to count the bits of tokens, by the name of their rate in a tokenizer's figures.

@@ -1,39 +1,16 @@
-"""The pictures that tokenizers and their peers are measured on, and the progress bar of those passes."""
+"""The pictures that tokenizers and their peers are measured on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import TypeVar, overload
+from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
-from rich.console import Console
-from rich.progress import track
 
 from mmtok import media
 from mmtok.errors import DataError, MediaError
-from mmtok.training.corpus import Item, bucket, items
-
-T = TypeVar("T")
-
-
-def choose(source: Path, split: str | None = None, limit: int | None = None) -> tuple[list[Item], str | None]:
-    """Pictures of a folder or a manifest, and the split that they are from.
-
-    Args:
-        source: a folder, or a manifest (:mod:`mmtok.training.corpus`).
-        split: ``train``, ``val`` or ``test``; None: all of a folder, ``val`` of a manifest, never ``test``.
-        limit: at most so many, spread over the data by the hash of their names.
-
-    Raises:
-        DataError: there is none.
-    """
-    if split is None and not source.is_dir():
-        split = "val"
-    found = items(source, "image", split)
-    if limit is not None:
-        found = sorted(found, key=lambda x: (bucket(x.document), x.document))[:limit]
-    return found, split
+from mmtok.evaluation.sets import progress
+from mmtok.training.corpus import Item
 
 
 class Pictures(Sequence[np.ndarray]):
@@ -106,9 +83,3 @@ class Pictures(Sequence[np.ndarray]):
     def _read(self, item: Item, mode: str) -> np.ndarray:
         pixels = media.read_image(item.path, mode)
         return pixels if self._size is None else media.fit_image(pixels, self._size)
-
-
-def progress(sequence: Sequence[T], label: str) -> Iterable[T]:
-    """The sequence, with a progress bar on stderr while it is gone through, if that is a terminal."""
-    console = Console(stderr=True)
-    return track(sequence, label, console=console, transient=True, disable=not console.is_terminal)
