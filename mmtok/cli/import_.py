@@ -59,11 +59,12 @@ def import_(
     tokenizer.save(out)
     codes, shape = tokenizer.codebook_sizes[0], dict(tokenizer.properties)
     if isinstance(tokenizer, sounds.PublishedCodec):
-        shape["levels"] = levels = len(tokenizer.codebook_sizes)
-        rate = tokenizer.sample_rate
-        each = f"of {levels} levels, {rate / tokenizer.hop:g} frames a second at {rate} Hz, {tokenizer.bandwidth():.3g} kb/s"
+        shape["levels"] = len(tokenizer.codebook_sizes)
+        rate, kbps = tokenizer.sample_rate, tokenizer.bandwidth()
+        what = f"{shape['levels']} levels of {codes} codes, {rate / tokenizer.hop:g} frames a second of {rate} Hz, "
+        what += f"{kbps:.3g} kb/s"
     else:
-        each = f"of {tokenizer.downsample}x{tokenizer.downsample} pixels"
+        what = f"{codes} codes of {tokenizer.downsample}x{tokenizer.downsample} pixels"
     report = {
         "system": system,
         "source": str(path),
@@ -78,6 +79,6 @@ def import_(
         print(json.dumps(report))
     else:
         print(
-            f"{path} -> {out}: {tokenizer.kind}, {codes} codes {each}, {report['parameters']} parameters, "
+            f"{path} -> {out}: {tokenizer.kind}, {what}, {report['parameters']} parameters, "
             f"fingerprint {tokenizer.fingerprint[:12]}"
         )

@@ -205,7 +205,7 @@ class Mimi(PublishedCodec):
             int64 [B, levels, f].
         """
         if not samples.numel():
-            return torch.zeros(len(samples), levels, 0, dtype=torch.int64)
+            return samples.new_zeros(len(samples), levels, 0, dtype=torch.int64)
         window, theta = self.config.sliding_window, self.config.rope_theta
         rows = []
         for carry, row in zip(carries, samples.split(1), strict=True):
@@ -230,7 +230,7 @@ class Mimi(PublishedCodec):
             float32 [B, channels, f * hop].
         """
         if not codes.numel():
-            return torch.zeros(len(codes), self.channels, 0)
+            return codes.new_zeros(len(codes), self.channels, 0, dtype=torch.float32)
         window, theta = self.config.sliding_window, self.config.rope_theta
         rows = []
         for carry, row in zip(carries, codes.split(1), strict=True):

@@ -181,7 +181,8 @@ class SNAC(PublishedCodec):
         """Sounds of codes.
 
         Args:
-            codes: of the first L levels int64 [B, n_q] each; or a sequence of sounds, of each L tensors [n_q].
+            codes: of the first L levels int64 [B, n_q] each, where all n_q are equal also as one [B, L, n]; or a
+                sequence of sounds, of each L tensors [n_q].
             length: as ``AudioTokenizer.decode``.
 
         Returns:
@@ -191,7 +192,9 @@ class SNAC(PublishedCodec):
             VocabularyError: as there, or levels that do not fit each other.
         """
         if isinstance(codes, Tensor):
-            raise VocabularyError(f"got codes {list(codes.shape)}, expected a tuple with one tensor a level")
+            if codes.ndim != 3:
+                raise VocabularyError(f"got codes {list(codes.shape)}, expected a tuple with one tensor a level")
+            codes = codes.unbind(1)
         if codes and isinstance(codes[0], Tensor):
             return super().decode(self._join(codes), length)  # type: ignore[arg-type]
         joined = []

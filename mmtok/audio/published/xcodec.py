@@ -11,6 +11,7 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,7 +35,7 @@ class XCodecConfig(Config):
     target_bandwidths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 4.0)
     sample_rate: int = 16_000
     kernel_size: int = 3
-    channel_ratios: tuple[float, ...] = (1.0, 1.0)
+    channel_ratios: tuple[int, ...] = (1, 1)
     strides: tuple[int, ...] = (1, 1)
     block_dilations: tuple[int, ...] = (1, 1)
     unit_kernel_size: int = 3
@@ -44,7 +45,9 @@ class XCodecConfig(Config):
     semantic_model_config: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_positive(self, "sample_rate", "kernel_size", "strides", "unit_kernel_size", "codebook_size")
+        check_positive(
+            self, "sample_rate", "kernel_size", "channel_ratios", "strides", "unit_kernel_size", "codebook_size"
+        )
         for name in ("acoustic_model_config", "semantic_model_config"):
             if not isinstance(getattr(self, name), dict):
                 raise ConfigError(f"XCodecConfig.{name}: got {getattr(self, name)!r}, expected an object")
@@ -115,7 +118,9 @@ class XCodec(PublishedCodec):
 
     def to_codes(self, samples: Tensor, levels: int) -> Tensor:
         """float32 [1, 1, T] -> int64 [1, levels, ceil(T / hop)]."""
-        return self.model.encode(F.pad(samples, (0, -samples.shape[-1] % self.hop))).audio_codes[:, :levels]
+        padded = F.pad(samples, (0, -samples.shape[-1] % self.hop))
+        with torch.random.fork_rng(devices=[]):  # HuBERT in transformers 4 draws a number for each layer
+            return self.model.encode(padded).audio_codes[:, :levels]
 
     def to_samples(self, codes: Tensor) -> Tensor:
         """int64 [1, L, F] -> float32 [1, 1, F * hop]."""
