@@ -28,7 +28,7 @@ from vector_quantize_pytorch import FSQ, LFQ, SimVQ
 
 from mmtok.codebook import Codebook, distributed, sum_over_ranks
 from mmtok.errors import ConfigError, VocabularyError
-from mmtok.nearest import nearest, nearest_within
+from mmtok.nearest import near_ties, nearest, nearest_within
 
 COMMITMENT = 0.25  # weight of the pull of the vectors to their codes, beside the loss of the reconstruction
 KINDS = ("vq", "cosine", "simvq", "fsq", "lfq")
@@ -166,6 +166,26 @@ class VectorQuantizer(Quantizer):
         """Start the averages behind the codebooks from the codebooks."""
         for book in self.books:
             book.restart()
+
+    @torch.no_grad()
+    def near_ties(self, z: Tensor, within: float) -> Tensor:
+        """Which codes of float [B, N, dim] have a second one almost as near, see ``mmtok.nearest.near_ties``.
+
+        Args:
+            z: as for ``encode``.
+            within: relative margin of the squared distances.
+
+        Returns:
+            bool [B, N, levels].
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            residual, out = self.books[0].on_sphere(self.project_in(z.float())).flatten(0, 1), []
+            for book in self.books:
+                tied = torch.zeros(len(residual), dtype=torch.bool, device=z.device)
+                tied[near_ties(residual, book.entries, within).rows] = True
+                out.append(tied)
+                residual = residual - book.entries[book.search(residual)]
+        return torch.stack(out, -1).view(*z.shape[:2], -1)
 
     def _train(self, z: Tensor, levels: int | None) -> tuple[Tensor, Tensor, Tensor]:
         z = self.books[0].on_sphere(z)

@@ -168,6 +168,18 @@ class AudioTokenizer(nn.Module, ABC):
         kept = [self._check_length(n, x.shape[-1]) for n, x in zip(lengths, codes, strict=True)]
         return [self._decode(x[None], n)[0] for x, n in zip(codes, kept, strict=True)]
 
+    def near_ties(self, samples: Tensor, within: float) -> Tensor | None:
+        """Which codes have a rival: another code of their level that is almost as near to what was quantized.
+
+        Args:
+            samples: float32 [B, channels, T], as for ``encode``.
+            within: how much further the second code may be, as a share of the nearest's squared distance.
+
+        Returns:
+            bool, of the shape of the codes of all levels; None where the tokenizer cannot tell.
+        """
+        return None
+
     def stream_encoder(self, levels: int | None = None, *, bandwidth: float | None = None) -> StreamEncoder:
         """A new stream from samples to codes, whose codes are those of the whole sound but for near ties.
 
