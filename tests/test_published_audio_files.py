@@ -145,6 +145,14 @@ def test_weight_norm_is_fused_as_pytorch_computes_it() -> None:
     assert sorted(fuse_weight_norm(alone)) == ["a.weight_g", "a.weight_v"]
 
 
+def test_weights_are_parameters_where_no_gradients_are_kept_too(tmp_path: Path) -> None:
+    write("snac", tmp_path)
+    names = [name for name, _ in published.SNAC.from_published(tmp_path).named_parameters()]
+    with torch.no_grad():
+        assert [name for name, _ in published.SNAC.from_published(tmp_path).named_parameters()] == names
+    assert "model.encoder.block.0.weight" in names
+
+
 # --- what is wrong with them
 
 

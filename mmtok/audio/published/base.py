@@ -135,7 +135,8 @@ def _without_weight_norm(network: nn.Module) -> nn.Module:
     """The same network, with plain weights in the place of those that weight norm computes in every pass."""
     for module in list(network.modules()):
         if parametrize.is_parametrized(module, "weight"):
-            parametrize.remove_parametrizations(module, "weight")
+            with torch.enable_grad():  # else it makes a buffer of the parameter
+                parametrize.remove_parametrizations(module, "weight")
     return network
 
 
