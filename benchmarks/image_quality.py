@@ -17,7 +17,7 @@ import torch
 
 from mmtok import loading
 from mmtok.checkpoints import META, bundled_directory, read_meta
-from mmtok.cli.evaluate import show_figures, show_peers
+from mmtok.cli.evaluate_images import show_figures, show_peers
 from mmtok.evaluation.baselines import available
 from mmtok.evaluation.images import image_report
 from mmtok.evaluation.pictures import Pictures

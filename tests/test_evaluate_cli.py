@@ -153,7 +153,7 @@ def test_without_matplotlib(home: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("tokenizers", "options", "says"),
     [
-        (["audio-16k"], [], "audio-16k: got a tokenizer for audio, expected one for images"),
+        (["text-4k"], [], "got the tokenizers text-4k for text; expected all for images, or all for audio"),
         (["nowhere"], [], "nowhere"),
         (["first", "first"], [], "twice"),
         (["first"], ["--peers", "gif"], "'GIF', expected some of JPEG, WEBP, AVIF"),

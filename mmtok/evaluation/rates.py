@@ -46,7 +46,7 @@ def at_rate(points: Sequence[Point], axis: str, rate: float, figures: Mapping[st
         return {"cannot_go_under": min(rates)}
     out = {}
     for key, figure in figures.items():
-        curve = _best(points, axis, key, figure)
+        curve = best_points(points, axis, key, figure)
         if not curve or curve[0][0] > rate:
             continue
         low, at_low = next((r, v) for r, v in reversed(curve) if r <= rate)
@@ -63,7 +63,7 @@ def rate_for(points: Sequence[Point], axis: str, key: str, value: float, figure:
         ``rate``; or ``at_most``, its lowest rate, where it comes closer already there; or ``more_than``, its highest,
         where it does not come as close at any.
     """
-    curve = _best(points, axis, key, figure)
+    curve = best_points(points, axis, key, figure)
     closer = [v <= value if figure.lower_is_closer else v >= value for _, v in curve]
     if not any(closer):
         return {"more_than": curve[-1][0] if curve else 0.0}
@@ -75,7 +75,7 @@ def rate_for(points: Sequence[Point], axis: str, key: str, value: float, figure:
     return {"rate": round(low * (high / low) ** share, 3)}
 
 
-def _best(points: Sequence[Point], axis: str, key: str, figure: Figure) -> list[tuple[float, float]]:
+def best_points(points: Sequence[Point], axis: str, key: str, figure: Figure) -> list[tuple[float, float]]:
     """(rate, value) of the settings that come closer than every cheaper one, in order of both."""
     sign = -1 if figure.lower_is_closer else 1
     curve: list[tuple[float, float]] = []
