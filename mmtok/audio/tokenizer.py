@@ -125,11 +125,7 @@ class AudioTokenizer(nn.Module, ABC):
         if isinstance(samples, Tensor):
             self.check_samples(samples)
             return self._encode(samples, levels)
-        for i, x in enumerate(samples):
-            if not isinstance(x, Tensor) or x.ndim != 2:
-                got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-                raise MediaError(f"sound {i} is {got}, expected float32 [{self.channels}, T]")
-            self.check_samples(x[None], f"sound {i}: ")
+        self.check_sounds(samples)
         return [self._encode(x[None], levels)[0] for x in samples]
 
     @overload
@@ -223,6 +219,14 @@ class AudioTokenizer(nn.Module, ABC):
         # Of a long sound each elementwise comparison would be a copy.
         if samples.numel() and not torch.isfinite(torch.stack(samples.aminmax())).all():
             raise MediaError(f"{where}got NaN or infinity among the samples, expected float32 in -1..1")
+
+    def check_sounds(self, sounds: Sequence[Tensor]) -> None:
+        """Raise MediaError unless each of ``sounds`` is finite float32 [channels, T]."""
+        for i, x in enumerate(sounds):
+            if not isinstance(x, Tensor) or x.ndim != 2:
+                got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+                raise MediaError(f"sound {i} is {got}, expected float32 [{self.channels}, T]")
+            self.check_samples(x[None], f"sound {i}: ")
 
     def check_codes(self, codes: Tensor, where: str = "") -> None:
         """Raise VocabularyError unless ``codes`` is int64 [B, L, F] within the codebooks."""
