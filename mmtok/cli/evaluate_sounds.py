@@ -99,7 +99,7 @@ def show_figures(report: dict[str, Any]) -> None:
     )
     print()
     print_table(
-        ("tokenizer", "codes kept", "encode, s/s", "decode, s/s"),
+        ("tokenizer", "codes kept", "encode, seconds a second", "decode"),
         (
             (name, f"{f['codes_kept']:.1%}", speed["encode_real_time_factor"], speed["decode_real_time_factor"])
             for name, f in report["tokenizers"].items()

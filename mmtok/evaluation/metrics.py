@@ -74,7 +74,7 @@ def log_mel_distance(
     banks = torchaudio.functional.melscale_fbanks(
         window // 2 + 1, 0.0, sample_rate / 2, mels, sample_rate, norm="slaney", mel_scale="slaney"
     ).to(x)
-    taper = torch.hann_window(window).to(x)
+    taper = torch.hann_window(window, dtype=x.dtype, device=x.device)
 
     def log_mel(z: Tensor) -> Tensor:
         # Zeros around: reflection is impossible for sounds shorter than half a window.
@@ -155,7 +155,7 @@ def stft_distance(x: Tensor, y: Tensor) -> Tensor:
     _check_sounds(x, y)
     total = x.new_zeros(len(x))
     for size, hop, window in STFT_RESOLUTIONS:
-        taper = torch.hann_window(window).to(x)
+        taper = torch.hann_window(window, dtype=x.dtype, device=x.device)
 
         def magnitude(
             z: Tensor, size: int = size, hop: int = hop, window: int = window, taper: Tensor = taper

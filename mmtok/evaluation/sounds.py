@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtok.audio.encodec import Encodec, EncodecCodes
 from mmtok.audio.tokenizer import AudioTokenizer
 from mmtok.errors import ConfigError
 from mmtok.evaluation.fidelity import FIGURES, Fidelity, compare, notes, summarize
@@ -30,7 +32,9 @@ AXIS = "kilobits_per_second"
 RATES = (AXIS, "adaptive_kilobits_per_second")
 NEAR_TIE = 1e-4  # a second code is almost as near where its squared distance is larger by at most this share
 
-Codes = Tensor | Sequence[Tensor]
+SCALE_BITS = 32  # of each loudness that the 48 kHz EnCodec stores beside its codes
+
+Codes = Tensor | Sequence[Tensor] | EncodecCodes
 
 
 def measure(
@@ -44,7 +48,8 @@ def measure(
         ``sample_rate``, ``hop``, ``channels``, ``codebook_sizes``; ``bandwidth``: nominal kb/s of all levels;
         ``tokens``.
         ``prefixes``: for the first 1, 2, half and all of the levels, as far as the tokenizer has them:
-        ``kilobits_per_second``, tokens as long as the logarithm of their codebook over the sounds' own seconds;
+        ``kilobits_per_second``, tokens as long as the logarithm of their codebook over the sounds' own seconds, and
+        ``SCALE_BITS`` for each scale that goes with the codes;
         ``adaptive_kilobits_per_second``, the same under :func:`adaptive_bits`, a level at a time, which starts anew for
         this set and pays for learning it; and the means of :func:`mmtok.evaluation.fidelity.summarize`.
         ``by_source``: for each kind of sound that the manifest names, its number and seconds and the prefixes.
@@ -57,6 +62,7 @@ def measure(
     chosen = prefixes(tokenizer)
     histograms = [torch.zeros(size, dtype=torch.int64) for size in sizes]
     per_sound: list[list[int]] = []  # tokens of each level
+    beside_codes: list[int] = []  # bits
     kept = torch.zeros(len(sizes), dtype=torch.int64)
     ties: list[int] | None = [0] * len(sizes)
     scores: dict[int, list[Fidelity]] = {n: [] for n in chosen}
@@ -66,18 +72,19 @@ def measure(
     for x in progress(recordings, label):
         samples = torch.from_numpy(x)[None]
         started = time.perf_counter()
-        codes = tokenizer.encode(samples)
+        codes = _encode(tokenizer, samples)
         encoded = time.perf_counter()
-        back = tokenizer.decode(codes, x.shape[1])
+        back = _decode(tokenizer, codes, x.shape[1])
         decoding += time.perf_counter() - encoded
         encoding += encoded - started
 
         for n in chosen:
-            part = back if n == len(sizes) else tokenizer.decode(_first(codes, n), x.shape[1])
+            part = back if n == len(sizes) else _decode(tokenizer, _first(codes, n), x.shape[1])
             scores[n].append(compare(x, part[0].cpu().numpy(), recordings.sample_rate))
         rows = _rows(codes)
         per_sound.append([len(row) for row in rows])
-        for level, (row, again) in enumerate(zip(rows, _rows(tokenizer.encode(back)), strict=True)):
+        beside_codes.append(SCALE_BITS * codes.scales.numel() if isinstance(codes, EncodecCodes) else 0)
+        for level, (row, again) in enumerate(zip(rows, _rows(_encode(tokenizer, back)), strict=True)):
             histograms[level] += code_histogram(row, sizes[level])
             kept[level] += int((row == again).sum())
         found = tokenizer.near_ties(samples, NEAR_TIE)
@@ -92,10 +99,11 @@ def measure(
 
     def figures_of(indices: Sequence[int]) -> list[dict[str, Any]]:
         bits = [math.log2(size) * sum(per_sound[i][q] for i in indices) for q, size in enumerate(sizes)]
+        more = sum(beside_codes[i] for i in indices)
         return [
             {
                 "levels": n,
-                AXIS: _kilobits(bits[:n], recordings.seconds(indices)),
+                AXIS: _kilobits([*bits[:n], more], recordings.seconds(indices)),
                 **summarize([scores[n][i] for i in indices]),
             }
             for n in chosen
@@ -103,7 +111,8 @@ def measure(
 
     whole = figures_of(range(len(recordings)))
     for prefix in whole:
-        prefix["adaptive_kilobits_per_second"] = _kilobits(adaptive[: prefix["levels"]], seconds)
+        bits = [*adaptive[: prefix["levels"]], sum(beside_codes)]
+        prefix["adaptive_kilobits_per_second"] = _kilobits(bits, seconds)
     remarks = notes(scores[len(sizes)])
     if ties is None:
         remarks.append("no near ties: the tokenizer does not tell how near its second codes are")
@@ -227,17 +236,35 @@ def prefixes(tokenizer: AudioTokenizer) -> list[int]:
 
 def reconstruct(tokenizer: AudioTokenizer, samples: np.ndarray) -> np.ndarray:
     """What comes back of one sound, float32 [C, T]."""
-    codes = tokenizer.encode(torch.from_numpy(samples)[None])
-    return tokenizer.decode(codes, samples.shape[1])[0].cpu().numpy()
+    codes = _encode(tokenizer, torch.from_numpy(samples)[None])
+    return _decode(tokenizer, codes, samples.shape[1])[0].cpu().numpy()
+
+
+def _encode(tokenizer: AudioTokenizer, samples: Tensor) -> Codes:
+    """Codes of one sound, with the scales where they do not mean anything without them."""
+    if isinstance(tokenizer, Encodec) and tokenizer.channels == 2:
+        return tokenizer.encode_with_scale(samples)
+    return tokenizer.encode(samples)
+
+
+def _decode(tokenizer: AudioTokenizer, codes: Any, length: int) -> Tensor:
+    """The inverse: float32 [1, C, length]."""
+    if isinstance(tokenizer, Encodec) and isinstance(codes, EncodecCodes):
+        return tokenizer.decode_with_scale(codes)
+    return tokenizer.decode(codes, length)
 
 
 def _rows(codes: Codes) -> list[Tensor]:
     """The codes of one sound, level by level: of [1, K, F], or of [1, n] each where levels have rates of their own."""
+    if isinstance(codes, EncodecCodes):
+        codes = codes.codes
     return [row.cpu() for row in (codes[0] if isinstance(codes, Tensor) else [level[0] for level in codes])]
 
 
-def _first(codes: Any, levels: int) -> Any:
+def _first(codes: Codes, levels: int) -> Codes:
     """The first levels of the codes of one sound."""
+    if isinstance(codes, EncodecCodes):
+        return dataclasses.replace(codes, codes=codes.codes[:, :levels])
     return codes[:, :levels] if isinstance(codes, Tensor) else codes[:levels]
 
 
