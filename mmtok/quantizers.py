@@ -81,6 +81,18 @@ class Quantizer(nn.Module, ABC):
         with torch.autocast(z.device.type, enabled=False):
             return self.search_within(self.project_in(z.float()), noise)
 
+    def near_ties(self, z: Tensor, within: float) -> Tensor | None:
+        """Which codes of float [B, N, dim] have a second one almost as near, see ``mmtok.nearest.near_ties``.
+
+        Args:
+            z: as for ``encode``.
+            within: relative margin of the squared distances.
+
+        Returns:
+            bool [B, N, levels]; None where codes are not the nearest of listed vectors.
+        """
+        return None
+
     def decode(self, codes: Tensor) -> Tensor:
         """Vectors float32 [B, N, dim] of codes int64 [B, N, L], where L is any number of levels from the first.
 
@@ -95,6 +107,20 @@ class Quantizer(nn.Module, ABC):
                 f"got codes from {int(codes.min())} to {int(codes.max())}, expected 0 to {sizes[0] - 1}"
             )
         return self.project_out(self.vectors(codes))
+
+    @torch.no_grad()
+    def align(self, z: Tensor) -> None:
+        """Let the projections keep what varies most in vectors float [n, dim]: their principal components."""
+        z = z.double()
+        mean = z.mean(0)
+        _, basis = torch.linalg.eigh((z - mean).T @ (z - mean))
+        basis = basis[:, -self.project_in.out_features :].flip(1)
+        for layer, weight, bias in (
+            (self.project_in, basis.T, -mean @ basis),
+            (self.project_out, basis, mean),
+        ):
+            layer.weight.copy_(weight)
+            layer.bias.copy_(bias)
 
     @torch.no_grad()
     def initialise(self, z: Tensor) -> None:
@@ -169,15 +195,7 @@ class VectorQuantizer(Quantizer):
 
     @torch.no_grad()
     def near_ties(self, z: Tensor, within: float) -> Tensor:
-        """Which codes of float [B, N, dim] have a second one almost as near, see ``mmtok.nearest.near_ties``.
-
-        Args:
-            z: as for ``encode``.
-            within: relative margin of the squared distances.
-
-        Returns:
-            bool [B, N, levels].
-        """
+        """As ``Quantizer.near_ties``: of each level among the residuals that the levels before it leave."""
         with torch.autocast(z.device.type, enabled=False):
             residual, out = self.books[0].on_sphere(self.project_in(z.float())).flatten(0, 1), []
             for book in self.books:
