@@ -1,7 +1,15 @@
-"""Train the 16 kHz audio codec: 50 frames a second, up to 8 codebooks of 1024 (0.5 to 4 kb/s).
+"""Train an audio codec: log-mel -> ConvNeXt -> residual VQ -> ConvNeXt -> inverse STFT, several bit rates in one model.
 
     python recipes/audio.py --data data/audio.jsonl --out runs/audio-16k
-    python recipes/audio.py --data my/recordings --out runs/mine --set steps=3000 --model dim=256
+    python recipes/audio.py --data my/recordings --out runs/mine --set steps=3000 --then steps=2000 --model dim=128
+    python recipes/audio.py --data my/recordings --out runs/live --model causal=true sample_rate=24000 hop=480
+    python recipes/audio.py --data my/recordings --out runs/sharp --loss critic=0.1 feature=0.2 critic_start=5000
+    torchrun --standalone --nproc-per-node 2 recipes/audio.py --data my/recordings --out runs/two
+
+Two stages. First encoder and decoder learn without a quantizer: with one from the start the encoder learns to say
+little. Then the codebooks start at k-means of what the encoder says, and the decoder learns what they leave of it, with
+a random number of levels, so that every prefix of the codes decodes; from some step on against critics. In the second
+stage the codes stay what they are, unless --joint, or another quantizer than vq, lets encoder and codebooks go on.
 
 --data is a manifest or a folder. A killed run continues where it was when the same command is given again.
 """
@@ -14,59 +22,48 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from pystoi import stoi
 from torch import Tensor, nn
-from torchaudio.functional import melscale_fbanks
 
-from mmtok import media
 from mmtok.audio import SpectralCodec, SpectralCodecConfig
+from mmtok.evaluation.metrics import has_pesq, pesq_wb, stoi
+from mmtok.evaluation.plots import spectrogram
+from mmtok.quantizers import VectorQuantizer
 from mmtok.training.corpus import digest_of, items
 from mmtok.training.data import load_audio
-from mmtok.training.loop import LoopConfig, fit, prepare_torch, rng
+from mmtok.training.distributed import rank, share
+from mmtok.training.loop import STATE, LoopConfig, Metrics, Pictures, Sounds, fit, prepare_torch, rng
+from mmtok.training.sound_critics import SoundCritics
+from mmtok.training.sounds import SoundLoss, SpectralDistance
+from mmtok.training.usage import CodebookUsage
 
-CROP = 48  # frames of a training crop: 0.96 s
+SECONDS = 0.96  # of a training crop
 # Share of each kind of sound in a batch; within a kind every recording is as likely as any other.
-MIXTURE = {"speech": 0.5, "synthetic speech": 0.35, "sound": 0.1, "music": 0.05}
-# How many levels are trained, and how often: all of them, the four of the any-to-any model, or any number.
-FULL, HALF = 0.4, 0.35
-
-
-class SpectralLoss(nn.Module):
-    """L1 between log-mel and between linear-mel spectra at five resolutions, as in DAC (arXiv:2306.06546)."""
-
-    def __init__(self, sample_rate: int) -> None:
-        super().__init__()
-        self.scales = [(128, 10), (256, 20), (512, 40), (1024, 80), (2048, 160)]
-        for n, mels in self.scales:
-            self.register_buffer(f"window{n}", torch.hann_window(n))
-            self.register_buffer(f"bank{n}", melscale_fbanks(n // 2 + 1, 0.0, sample_rate / 2, mels, sample_rate))
-
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """Samples float32 [B, T] against samples -> scalar."""
-        total, both = x.new_zeros(()), torch.cat([y, x])
-        for n, _ in self.scales:
-            window, bank = self.get_buffer(f"window{n}"), self.get_buffer(f"bank{n}")
-            spectrum = torch.stft(both, n, n // 4, window=window, return_complex=True)
-            power = torch.view_as_real(spectrum).square().sum(-1)
-            mel = bank.T @ (power + 1e-9).sqrt()
-            a, b = mel.chunk(2)
-            ratio = (a.clamp(min=1e-4).log10() - b.clamp(min=1e-4).log10()).abs().mean()
-            total = total + ratio + (a - b).abs().mean() * (8 / n**0.5)
-        return total / len(self.scales)
+MIXTURE = {"speech": 0.5, "synthetic speech": 0.3, "sound": 0.12, "music": 0.08}
+QUIETEST, LOUDEST = -18.0, -0.5  # dB of a crop's peak
+MARKS = (1 / 3, 2 / 3, 1.0)  # shares of the levels that are trained most, and evaluated
+MARKED = 0.8  # how often one of them is drawn rather than any number of levels
+VECTORS_A_CODE = 64  # from which the codebooks start
+HEARD = 36  # recordings of the val split that are evaluated; the first four are written and drawn
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, default=Path("data/audio.jsonl"))
     parser.add_argument("--out", type=Path, default=Path("runs/audio-16k"))
-    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="override the schedule")
+    parser.add_argument("--set", nargs="*", default=[], metavar="key=value", help="schedule of the first stage")
+    parser.add_argument("--then", nargs="*", default=[], metavar="key=value", help="schedule of the second stage")
     parser.add_argument("--model", nargs="*", default=[], metavar="key=value", help="override the model's shape")
+    parser.add_argument("--loss", nargs="*", default=[], metavar="key=value", help="override the weights of the loss")
+    parser.add_argument("--critic-width", type=int, default=16, help="channels of the critics")
+    parser.add_argument("--joint", action="store_true", help="encoder and codebooks learn in the second stage too")
     args = parser.parse_args()
-    config = LoopConfig(steps=2800, batch_size=32, lr=8e-4, warmup=100, eval_every=500, save_every=500).replace(
-        args.set
-    )
-    shape = SpectralCodecConfig().replace(args.model)
-    device = prepare_torch(config)
+    first = LoopConfig(
+        steps=14000, batch_size=16, lr=2e-3, warmup=200, ema=0.999, eval_every=1000, save_every=500
+    ).replace(args.set)
+    second = first.replace(["steps=6000", "lr=5e-4", *args.then])
+    shape = SpectralCodecConfig(dim=256, levels=12, codebook_dim=64).replace(args.model)
+    weights = SoundLoss().replace(args.loss)
+    device = prepare_torch(first)
 
     # Data: all recordings end to end in memory, sampled by kind.
     cache = args.out.parent / "cache"
@@ -74,78 +71,145 @@ def main() -> None:
     samples, offsets, kept = load_audio(train, shape.sample_rate, cache)
     kinds = {k: [i for i, j in enumerate(kept) if train[j].source == k] for k in MIXTURE}
     kinds = {k: v for k, v in kinds.items() if v} or {"all": list(range(len(kept)))}
-    shares = np.array([MIXTURE.get(k, 1.0) for k in kinds])
-    shares /= shares.sum()
-    length = CROP * shape.hop
+    chances = np.array([MIXTURE.get(k, 1.0) for k in kinds])
+    chances /= chances.sum()
+    crop = round(SECONDS * shape.sample_rate / shape.hop)  # frames
+    length = crop * shape.hop
 
-    def batch(r: np.random.Generator) -> Tensor:
-        out = np.zeros((config.batch_size, length), np.float32)
-        for row in out:
-            members = kinds[list(kinds)[r.choice(len(kinds), p=shares)]]
-            i = members[r.integers(len(members))]
-            start, end = int(offsets[i]), int(offsets[i + 1])
-            spare = end - start - length
-            begin = start + (int(r.integers(spare + 1)) if spare > 0 else 0)
-            piece = samples[begin : min(end, begin + length)].astype(np.float32)
-            peak = max(1.0, float(np.abs(piece).max()))
-            at = int(r.integers(length - len(piece) + 1))
-            row[at : at + len(piece)] = piece / peak * 10 ** (r.uniform(-15, -0.5) / 20)  # peak at -15 to -0.5 dB
-        return torch.from_numpy(out).to(device)
+    def example(r: np.random.Generator) -> np.ndarray:
+        members = kinds[list(kinds)[r.choice(len(kinds), p=chances)]]
+        i = members[r.integers(len(members))]
+        start, end = int(offsets[i]), int(offsets[i + 1])
+        spare = end - start - length
+        begin = start + (int(r.integers(spare + 1)) if spare > 0 else 0)
+        piece = samples[begin : min(end, begin + length)].astype(np.float32)
+        peak = max(1.0, float(np.abs(piece).max()))
+        at = int(r.integers(length - len(piece) + 1))
+        out = np.zeros(length, np.float32)
+        out[at : at + len(piece)] = piece / peak * 10 ** (r.uniform(QUIETEST, LOUDEST) / 20)
+        return out
+
+    def batch(config: LoopConfig, step: int, rows: range) -> Tensor:
+        return torch.from_numpy(np.stack([example(rng(config, step, i)) for i in rows])).to(device)
 
     held_out = items(args.data, "audio", "val")
     speech = [x for x in held_out if "speech" in x.source] or held_out
-    chosen = [speech[i] for i in np.random.default_rng(0).permutation(len(speech))[:24]]
+    chosen = [speech[i] for i in np.random.default_rng(0).permutation(len(speech))[:HEARD]]
     val_samples, val_offsets, _ = load_audio(chosen, shape.sample_rate, cache)
     val = [
-        torch.from_numpy(val_samples[a:b].astype(np.float32) / 32768)[None, None]
-        for a, b in itertools.pairwise(val_offsets)
+        torch.from_numpy(val_samples[a:b].astype(np.float32) / 32768)[None] for a, b in itertools.pairwise(val_offsets)
     ]
 
-    model = SpectralCodec(shape, vectors_per_batch=config.batch_size * CROP).to(device)
-    spectral = SpectralLoss(shape.sample_rate).to(device)
+    def whole(x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (0, -x.shape[-1] % shape.hop)).to(device)
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        r = rng(config, step)
-        x = batch(r)
-        draw = r.random()
-        levels = shape.levels if draw < FULL else (shape.levels + 1) // 2 if draw < FULL + HALF else None
-        levels = levels or int(r.integers(1, shape.levels + 1))
-        y, codes, commitment = model(x, levels)
-        with torch.autocast(device.type, enabled=False):
-            distance = spectral(y.float(), x)
-        live = {"loss": distance.item(), "commit": commitment.item(), "levels": levels}
-        live["used"] = codes[..., 0].unique().numel() / shape.codebook_size
-        return distance + 0.2 * commitment, live
+    def judge(rebuilt: list[Tensor]) -> Metrics:
+        pairs = list(
+            zip(val, (y[..., : x.shape[-1]].cpu().float() for x, y in zip(val, rebuilt, strict=True)), strict=True)
+        )
+        figures = {
+            "loss": [float(distance(y.to(device), x.to(device))) for x, y in pairs if x.shape[-1] > 1024],
+            "stoi": [float(stoi(x[None], y[None], shape.sample_rate)) for x, y in pairs],
+        }
+        if has_pesq():
+            figures["pesq"] = [float(pesq_wb(x[None], y[None], shape.sample_rate)) for x, y in pairs]
+        return {k: float(np.nanmean(v)) for k, v in figures.items() if not np.isnan(v).all()}
 
-    def evaluate(step: int) -> dict[str, float]:
-        out: dict[str, float] = {}
-        counts = torch.zeros(shape.levels, shape.codebook_size)
-        for levels in (shape.levels, (shape.levels + 1) // 2):
-            scores, distances = [], []
-            for i, x in enumerate(val):
-                codes = model.encode(x.to(device), levels)
-                y = model.decode(codes, x.shape[-1]).cpu()
-                if levels == shape.levels:
-                    counts += torch.stack([torch.bincount(c, minlength=shape.codebook_size) for c in codes[0].cpu()])
-                distances.append(float(spectral(y[0].to(device), x[0].to(device))))
-                if x.shape[-1] > shape.sample_rate * 0.45:
-                    scores.append(stoi(x[0, 0].numpy(), y[0, 0].numpy(), shape.sample_rate))
-                if i < 4:
-                    media.write_audio(
-                        args.out / "samples" / f"{step:06}-{levels}-{i}.wav", y[0].numpy(), shape.sample_rate
-                    )
-                    media.write_audio(args.out / "samples" / f"original-{i}.wav", x[0].numpy(), shape.sample_rate)
-            if scores:
-                out[f"val_stoi_{levels}"] = float(np.mean(scores))
-            out[f"val_loss_{levels}"] = float(np.mean(distances))
-        out["val_usage_first"] = float((counts[0] > 0).float().mean())
-        out["val_usage_last"] = float((counts[-1] > 0).float().mean())
-        return out
+    def show(rebuilt: list[Tensor]) -> tuple[Pictures, Sounds]:
+        pictures: Pictures = {}
+        sounds: Sounds = {}
+        for i, (x, y) in enumerate(list(zip(val, rebuilt, strict=True))[:4]):
+            both = [z[0, : x.shape[-1]].cpu().float().numpy() for z in (x, y)]
+            pictures[f"{i}"] = np.concatenate([spectrogram(z, shape.sample_rate) for z in both], axis=1)
+            sounds |= {f"{i}{k}": (z[None], shape.sample_rate) for k, z in zip(("-original", ""), both, strict=True)}
+        return pictures, sounds
 
-    data = digest_of(x.document for x in train)
-    fit(model, config, args.out, loss, evaluate, "audio codec", {"model": shape, "data": data})
-    model.save(args.out / "model")
-    print(f"wrote {args.out / 'model'}; use it with mmtok.load")
+    codec = SpectralCodec(shape, vectors_per_batch=second.batch_size * crop).to(device)
+    distance = SpectralDistance(shape.sample_rate, weights).to(device)
+    settled = isinstance(codec.quantizer, VectorQuantizer) and not args.joint
+    settings = {"model": shape, "data": digest_of(x.document for x in train)}
+
+    # First stage: no quantizer.
+    def bare_loss(step: int) -> tuple[Tensor, Metrics]:
+        x = batch(first, step, share(first.batch_size))
+        error = distance(codec.sound(codec.latent(x)), x)
+        return error, {"loss": error.item()}
+
+    def bare_evaluate(step: int) -> tuple[Metrics, Pictures, Sounds]:
+        distance.eval()
+        rebuilt = [codec.sound(codec.latent(whole(x))) for x in val]
+        figures = {f"val_{k}": v for k, v in judge(rebuilt).items()}
+        distance.train()
+        return figures, *show(rebuilt)
+
+    bare = {k: v for k, v in weights.to_dict().items() if k in ("mel", "stft")}
+    fit(codec, first, args.out / "bare", bare_loss, bare_evaluate, "without codes", settings | bare)
+
+    # Between them: the codebooks start from the encoder's vectors, the same on every rank.
+    if not (args.out / STATE).exists():
+        found: list[Tensor] = []
+        with torch.no_grad():
+            while sum(map(len, found)) < VECTORS_A_CODE * shape.codebook_size:
+                x = batch(first, first.steps + len(found), range(first.batch_size))
+                found.append(codec.latent(x).flatten(0, 1))
+        codec.quantizer.align(torch.cat(found))
+        codec.quantizer.initialise(torch.cat(found))
+
+    # Second stage.
+    critics = SoundCritics(width=args.critic_width) if weights.critic or weights.feature else None
+    usage = CodebookUsage(codec.codebook_sizes)
+    model = nn.ModuleDict({"codec": codec, "usage": usage, **({"critics": critics} if critics else {})}).to(device)
+    if settled:
+        for part in (codec.encoder, codec.encoder_norm, codec.quantizer.project_in):
+            part.requires_grad_(False)
+
+    def loss(step: int) -> tuple[Tensor, Metrics]:
+        x, r = batch(second, step, share(second.batch_size)), rng(second, step)
+        marked = r.random() < MARKED
+        levels = round(shape.levels * MARKS[r.integers(len(MARKS))]) if marked else int(r.integers(shape.levels) + 1)
+        levels = max(1, levels)
+        own = x.new_zeros(())
+        if settled:
+            with torch.no_grad():
+                codes = codec.quantizer.encode(codec.latent(x), levels)
+            q = codec.quantizer.decode(codes)
+        else:
+            q, codes, own = codec.quantizer(codec.latent(x), levels)
+        y = codec.sound(q)
+        error = distance(y, x)
+        total = error + weights.commitment * own
+        live = {"loss": error.item(), "levels": float(levels)}
+        if levels == shape.levels:
+            usage.count(codes)
+        if critics and step >= weights.critic_start - weights.critic_warmup:
+            rows = weights.critic_rows or len(x)
+            judged, adversarial, feature = critics.losses(x[:rows], y[:rows])
+            total = total + judged
+            live |= {"critics": judged.item(), "fooled": adversarial.item(), "feature": feature.item()}
+            if step >= weights.critic_start:
+                total = total + weights.critic * adversarial + weights.feature * feature
+        return total, live
+
+    def evaluate(step: int) -> tuple[Metrics, Pictures, Sounds]:
+        distance.eval()
+        figures: Metrics = {}
+        on_val = CodebookUsage(codec.codebook_sizes).eval()
+        for levels in sorted({max(1, round(shape.levels * mark)) for mark in MARKS}):
+            coded = [codec.quantizer.encode(codec.latent(whole(x)), levels) for x in val]
+            rebuilt = [codec.sound(codec.quantizer.decode(codes)) for codes in coded]
+            figures |= {f"val_{k}_{levels}": v for k, v in judge(rebuilt).items()}
+        for codes in coded:
+            on_val.count(codes.cpu())
+        figures |= {f"val_{k}": v for k, v in on_val.figures().items()} | usage.figures()
+        usage.reset()
+        distance.train()
+        return figures, *show(rebuilt)
+
+    settings |= {"loss": weights, "settled": settled, "first_steps": first.steps}
+    fit(model, second, args.out, loss, evaluate, "audio codec", settings)
+    if rank() == 0:
+        codec.save(args.out / "model")
+        print(f"wrote {args.out / 'model'}; use it with mmtok.load")
 
 
 if __name__ == "__main__":

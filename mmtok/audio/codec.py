@@ -3,13 +3,13 @@
 The decoder predicts magnitude and phase of every frame and leaves the waveform to an inverse STFT, as Vocos does
 (https://arxiv.org/abs/2306.00814); ConvNeXt blocks (https://arxiv.org/abs/2201.03545) in one dimension; the residual
 quantizer of SoundStream (https://arxiv.org/abs/2107.03312) trained with a random number of levels, so that any
-prefix of the levels decodes.
+prefix of the levels decodes. Beside a long window for pitch the encoder sees several short ones in each frame: where in
+it the pulses of a voice lie, which long windows hide and the decoder needs to put them there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import ClassVar
 
 import torch
@@ -17,10 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchaudio.functional import melscale_fbanks
 
+from mmtok.audio.layers import ConvNeXtBlock, FrameConv, OverlapAdd, Stream
+from mmtok.audio.tokenizer import AudioTokenizer, StreamDecoder, StreamEncoder
 from mmtok.codec import CodecModel, exact
 from mmtok.config import Config
-from mmtok.errors import ConfigError, MediaError, VocabularyError
-from mmtok.quantizers import VectorQuantizer
+from mmtok.errors import ConfigError
+from mmtok.quantizers import build_quantizer
+
+PIECE = 1024  # frames: longer sounds go through the network in pieces of so many, at a memory that does not grow
+SILENCE = 1e-5  # magnitudes below it count as it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,193 +35,260 @@ class SpectralCodecConfig(Config):
     Attributes:
         sample_rate: Hz.
         hop: samples a frame; sample_rate / hop is the frame rate.
-        window: samples of the analysis and synthesis windows.
-        mels: mel bands that the encoder sees.
+        window: samples of the long analysis window and of the synthesis window.
+        mels: mel bands of the long window.
+        short_window: samples of the short analysis windows.
+        shorts: short windows a frame, 0 for none.
+        short_mels: mel bands of each.
         dim: width of the ConvNeXt blocks.
         encoder_blocks, decoder_blocks: their number.
+        causal: no code depends on later frames, and no sample on later codes: for streams without delay.
+        quantizer: ``vq``, residual if there are several levels, or another of ``mmtok.quantizers.KINDS``.
         levels: residual quantizer levels.
         codebook_size: codes a level.
         codebook_dim: channels in which codes are searched.
+        fsq_levels: values of each channel of ``fsq``.
     """
 
     sample_rate: int = 16_000
     hop: int = 320
     window: int = 1024
     mels: int = 100
+    short_window: int = 128
+    shorts: int = 8
+    short_mels: int = 20
     dim: int = 192
     encoder_blocks: int = 4
     decoder_blocks: int = 6
+    causal: bool = False
+    quantizer: str = "vq"
     levels: int = 8
     codebook_size: int = 1024
     codebook_dim: int = 48
+    fsq_levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (
-            "sample_rate",
-            "mels",
-            "dim",
-            "encoder_blocks",
-            "decoder_blocks",
-            "levels",
-            "codebook_size",
-            "codebook_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"SpectralCodecConfig.{name}: got {getattr(self, name)}, expected at least 1")
-        if self.hop < 1 or self.window < self.hop or (self.window - self.hop) % 2:
+        least = {"shorts": 0}
+        for field in dataclasses.fields(self):
+            value, low = getattr(self, field.name), least.get(field.name, 1)
+            if field.type == "int" and value < low:
+                raise ConfigError(f"SpectralCodecConfig.{field.name}: got {value}, expected at least {low}")
+        if self.window < self.hop or (self.window - self.hop) % 2:
             raise ConfigError(
                 f"SpectralCodecConfig: got window {self.window} and hop {self.hop}, expected a window of at least one "
                 "hop that exceeds it by an even number"
             )
+        if self.shorts:
+            step = self.hop // self.shorts
+            if self.hop % self.shorts or not step <= self.short_window <= self.window or (self.short_window - step) % 2:
+                raise ConfigError(
+                    f"SpectralCodecConfig: got {self.shorts} short windows of {self.short_window} in a hop of "
+                    f"{self.hop}, expected a number that divides the hop, and windows of at least hop / shorts, "
+                    f"at most {self.window}, that exceed it by an even number"
+                )
 
 
-class ConvNeXtBlock(nn.Module):
-    """Depthwise convolution over 7 frames, layer norm, pointwise MLP, added to its input. [B, C, F] -> the same."""
+class Analysis(nn.Module):
+    """Samples to frames of log-mel magnitudes, of one long window and several short ones."""
 
-    def __init__(self, dim: int, scale: float) -> None:
+    long: Tensor
+    long_bank: Tensor
+    short: Tensor
+    short_bank: Tensor
+
+    def __init__(self, config: SpectralCodecConfig) -> None:
         super().__init__()
-        self.depthwise = nn.Conv1d(dim, dim, 7, padding=3, groups=dim)
-        self.norm = nn.LayerNorm(dim)
-        self.expand = nn.Linear(dim, 3 * dim)
-        self.shrink = nn.Linear(3 * dim, dim)
-        self.scale = nn.Parameter(torch.full((dim,), scale))
+        self.config = c = config
+        self.around = c.window - c.hop
+        self.after = 0 if c.causal else self.around // 2
+        self.before = self.around - self.after
+        self.channels = c.mels + c.shorts * c.short_mels
+        self.register_buffer("long", torch.hann_window(c.window), persistent=False)
+        self.register_buffer("long_bank", _bank(c, c.window, c.mels), persistent=False)
+        if c.shorts:
+            self.register_buffer("short", torch.hann_window(c.short_window), persistent=False)
+            self.register_buffer("short_bank", _bank(c, c.short_window, c.short_mels), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(self.depthwise(x).transpose(1, 2))
-        h = self.scale * self.shrink(F.gelu(self.expand(h)))
-        return x + h.transpose(1, 2)
+    def forward(self, samples: Tensor) -> Tensor:
+        """[B, before + n * hop + after] -> [B, channels, n]."""
+        c = self.config
+        count = (samples.shape[-1] - self.around) // c.hop
+        if count < 1:
+            return samples.new_zeros(len(samples), self.channels, 0)
+        features = [_log_mel(samples.unfold(-1, c.window, c.hop), self.long, self.long_bank)]
+        if c.shorts:
+            step = c.hop // c.shorts
+            around = c.short_window - step
+            start = self.before - (around if c.causal else around // 2)
+            pieces = samples[:, start : start + count * c.hop + around].unfold(-1, c.short_window, step)
+            features.append(_log_mel(pieces, self.short, self.short_bank).reshape(len(samples), count, -1))
+        return (torch.cat(features, -1).transpose(1, 2) + 5) / 3
 
 
-class ISTFTHead(nn.Module):
-    """Frames [B, F, dim] -> samples [B, F * hop]: log-magnitude and phase, inverse FFT, windowed overlap-add."""
+class Synthesis(nn.Module):
+    """Frames [B, F, dim] -> weighted windows of samples [B, F, window]: log-magnitude, phase, inverse FFT."""
 
     window: Tensor
 
-    def __init__(self, dim: int, window: int, hop: int) -> None:
+    def __init__(self, dim: int, window: int) -> None:
         super().__init__()
-        self.hop, self.bins = hop, window // 2 + 1
+        self.bins = window // 2 + 1
         self.project = nn.Linear(dim, 2 * self.bins)
         self.register_buffer("window", torch.hann_window(window), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """float [B, F, dim] -> float32 [B, F, window]."""
+        if not x.shape[1]:
+            return x.new_zeros(len(x), 0, len(self.window))
         log_magnitude, phase = self.project(x).float().split(self.bins, -1)
         magnitude = log_magnitude.clamp(max=5.0).exp()
         spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
-        frames = torch.fft.irfft(spectrum, n=len(self.window), dim=-1) * self.window
-        samples = self._overlap_add(frames)
-        envelope = self._overlap_add(self.window.square().expand(1, frames.shape[1], -1))
-        return samples / envelope.clamp(min=1e-8)
-
-    def _overlap_add(self, frames: Tensor) -> Tensor:
-        count, width = frames.shape[1:]
-        total = (count - 1) * self.hop + width
-        folded = F.fold(frames.transpose(1, 2), (1, total), (1, width), stride=(1, self.hop))[:, 0, 0]
-        edge = (width - self.hop) // 2
-        return folded[:, edge : edge + count * self.hop]
+        return torch.fft.irfft(spectrum, n=len(self.window), dim=-1) * self.window
 
 
-class SpectralCodec(CodecModel):
-    """Audio tokenizer: float32 [B, 1, T] at ``sample_rate`` <-> int64 [B, levels, ceil(T / hop)]."""
+class SpectralCodec(AudioTokenizer, CodecModel):
+    """Audio tokenizer: float32 [B, 1, T] at ``sample_rate`` <-> int64 [B, levels, ceil(T / hop)].
+
+    Args:
+        config: the model's shape.
+        vectors_per_batch: frames of a training batch, for the threshold under which a code is revived.
+    """
 
     kind: ClassVar[str] = "audio-spectral"
-    modality: ClassVar[str] = "audio"
-    filters: Tensor
-    window: Tensor
     config_class: ClassVar[type[Config]] = SpectralCodecConfig
 
     def __init__(self, config: SpectralCodecConfig, vectors_per_batch: int = 1600) -> None:
         super().__init__(config)
         c = config
-        bank = melscale_fbanks(c.window // 2 + 1, 0.0, c.sample_rate / 2, c.mels, c.sample_rate, norm="slaney")
-        self.register_buffer("filters", bank, persistent=False)
-        self.register_buffer("window", torch.hann_window(c.window), persistent=False)
         scale = 1 / (c.encoder_blocks + c.decoder_blocks)
-        self.embed = nn.Conv1d(c.mels, c.dim, 7, padding=3)
-        self.encoder = nn.Sequential(*(ConvNeXtBlock(c.dim, scale) for _ in range(c.encoder_blocks)))
+
+        def blocks(count: int) -> list[ConvNeXtBlock]:
+            return [ConvNeXtBlock(c.dim, scale, c.causal) for _ in range(count)]
+
+        self.analysis = Analysis(c)
+        self.encoder = nn.Sequential(FrameConv(self.analysis.channels, c.dim, 7, c.causal), *blocks(c.encoder_blocks))
         self.encoder_norm = nn.LayerNorm(c.dim)
-        self.quantizer = VectorQuantizer(c.dim, c.codebook_dim, c.codebook_size, c.levels, vectors_per_batch)
-        self.restore = nn.Conv1d(c.dim, c.dim, 7, padding=3)
-        self.decoder = nn.Sequential(*(ConvNeXtBlock(c.dim, scale) for _ in range(c.decoder_blocks)))
+        self.quantizer = build_quantizer(
+            c.quantizer, c.dim, c.codebook_dim, c.codebook_size, c.levels, c.fsq_levels, vectors_per_batch
+        )
+        self.decoder = nn.Sequential(FrameConv(c.dim, c.dim, 7, c.causal), *blocks(c.decoder_blocks))
         self.decoder_norm = nn.LayerNorm(c.dim)
-        self.head = ISTFTHead(c.dim, c.window, c.hop)
+        self.synthesis = Synthesis(c.dim, c.window)
 
-    def forward(self, samples: Tensor, levels: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Training pass: float [B, T], T a multiple of hop -> (samples [B, T], codes [B, F, levels], own loss)."""
-        q, codes, loss = self.quantizer(self._analyse(samples), levels)
-        return self._synthesise(q), codes, loss
+    @property
+    def sample_rate(self) -> int:
+        """Hz."""
+        return int(self.config.sample_rate)
 
-    def _analyse(self, samples: Tensor) -> Tensor:
-        """[B, F * hop] -> latent [B, F, dim]."""
-        edge = (self.config.window - self.config.hop) // 2
-        frames = F.pad(samples, (edge, edge)).unfold(-1, self.config.window, self.config.hop)
-        magnitude = torch.fft.rfft(frames * self.window, dim=-1).abs()
-        mel = (magnitude @ self.filters).clamp(min=1e-5).log()
-        x = self.encoder(self.embed((mel.transpose(1, 2) + 5) / 3))
-        return self.encoder_norm(x.transpose(1, 2))
-
-    def _synthesise(self, q: Tensor) -> Tensor:
-        """Latent [B, F, dim] -> [B, F * hop]."""
-        x = self.decoder(self.restore(q.transpose(1, 2)))
-        return self.head(self.decoder_norm(x.transpose(1, 2)))
+    @property
+    def hop(self) -> int:
+        """Samples a frame."""
+        return int(self.config.hop)
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
         """Codes in each level's codebook."""
-        return (self.config.codebook_size,) * self.config.levels
+        return self.quantizer.codebook_sizes
 
-    @property
-    def properties(self) -> dict[str, int]:
-        """What the registry keeps of this tokenizer: ``sample_rate`` in Hz and ``hop`` in samples."""
-        return {"sample_rate": self.config.sample_rate, "hop": self.config.hop}
+    def forward(self, samples: Tensor, levels: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Training pass: float [B, T], T a multiple of hop -> (samples [B, T], codes [B, F, levels], own loss)."""
+        q, codes, loss = self.quantizer(self.latent(samples), levels)
+        return self.sound(q), codes, loss
 
-    def bandwidth(self, levels: int | None = None) -> float:
-        """Nominal bit rate in kb/s of the first ``levels`` levels (all by default)."""
+    def sound(self, q: Tensor) -> Tensor:
+        """What vectors stand for: float [B, F, dim] -> [B, F * hop]."""
+        windows = self.synthesis(self.decoder_norm(self.decoder(q.transpose(1, 2)).transpose(1, 2)))
+        return self.overlap_add().push(windows, last=True)
+
+    def latent(self, samples: Tensor) -> Tensor:
+        """What is quantized: float [B, F * hop] -> [B, F, dim]."""
+        padded = F.pad(samples, (self.analysis.before, self.analysis.after))
+        return self.encoder_norm(self.encoder(self.analysis(padded)).transpose(1, 2))
+
+    def overlap_add(self) -> OverlapAdd:
+        """A new one for this model's windows."""
         c = self.config
-        return (levels or c.levels) * math.log2(c.codebook_size) * c.sample_rate / c.hop / 1000
+        # A causal model's first windows begin at the first sample, where a Hann window is zero.
+        trim, least = (0, 0.05) if c.causal else ((c.window - c.hop) // 2, 1e-8)
+        return OverlapAdd(self.synthesis.window, c.hop, trim, least)
+
+    def to_codes(self, samples: Tensor, levels: int) -> Tensor:
+        """As ``AudioTokenizer.to_codes``; memory does not grow with the sound."""
+        stream = self.stream_encoder(levels)
+        *pieces, last = samples.split(PIECE * self.hop, -1)
+        return torch.cat([*map(stream.push, pieces), stream.advance(last, last=True)], -1)
+
+    def to_samples(self, codes: Tensor) -> Tensor:
+        """As ``AudioTokenizer.to_samples``; memory grows with the samples alone."""
+        stream = self.stream_decoder()
+        *pieces, last = codes.split(PIECE, -1)
+        return torch.cat([*map(stream.push, pieces), stream.advance(last, last=True)], -1)
+
+    def stream_encoder(self, levels: int | None = None, *, bandwidth: float | None = None) -> SpectralEncoder:
+        """As ``AudioTokenizer.stream_encoder``; without delay only for a causal model."""
+        return SpectralEncoder(self, self.choose_levels(levels, bandwidth))
+
+    def stream_decoder(self, length: int | None = None) -> SpectralDecoder:
+        """As ``AudioTokenizer.stream_decoder``; without delay only for a causal model."""
+        return SpectralDecoder(self, length)
 
     @exact
-    def encode(self, samples: Tensor, levels: int | None = None) -> Tensor:
-        """float32 [B, 1, T], -1..1, at ``sample_rate`` -> codes int64 [B, levels, ceil(T / hop)].
-
-        The tail is padded with silence to a whole frame. Rows are encoded one by one, so that a row does not depend on
-        the batch that it came in; fewer levels give the first rows of the codes of all levels.
-
-        Raises:
-            MediaError: wrong dtype or shape, or NaN.
-        """
-        if samples.dtype != torch.float32 or samples.ndim != 3 or samples.shape[1] != 1:
-            raise MediaError(
-                f"got {samples.dtype} {list(samples.shape)}, expected float32 [B, 1, T]: mix to mono first"
-            )
-        if not torch.isfinite(samples).all():
-            raise MediaError("got NaN or infinity among the samples, expected float32 in -1..1")
-        levels = self.config.levels if levels is None else levels
-        if not 1 <= levels <= self.config.levels:
-            raise MediaError(f"got {levels} levels, expected 1 to {self.config.levels}")
-        b, _, length = samples.shape
-        frames = -(-length // self.config.hop)
-        if not b or not frames:
-            return torch.zeros(b, levels, frames, dtype=torch.int64)
-        padded = F.pad(samples[:, 0], (0, frames * self.config.hop - length))
-        return torch.cat([self.quantizer.encode(self._analyse(row), levels) for row in padded.split(1)]).transpose(1, 2)
+    def _quantize(self, layers: Stream, samples: Tensor, levels: int, last: bool) -> Tensor:
+        """Samples with what the analysis needs around them -> the codes that are certain now [B, levels, f]."""
+        z = layers.push(self.analysis(samples[:, 0]), last)
+        if not z.shape[-1]:
+            return torch.zeros(len(z), levels, 0, dtype=torch.int64, device=z.device)
+        return self.quantizer.encode(self.encoder_norm(z.transpose(1, 2)), levels).transpose(1, 2)
 
     @exact
-    def decode(self, codes: Tensor, length: int | None = None) -> Tensor:
-        """Codes int64 [B, L, F], the first L levels -> float32 [B, 1, F * hop], or cut to ``length`` samples.
+    def _synthesize(self, layers: Stream, sound: OverlapAdd, codes: Tensor, last: bool) -> Tensor:
+        """Codes [B, L, f] -> the samples that are certain now [B, 1, n]."""
+        x = layers.push(self.quantizer.decode(codes.transpose(1, 2)).transpose(1, 2), last)
+        windows = self.synthesis(self.decoder_norm(x.transpose(1, 2)))
+        return sound.push(windows, last)[:, None].clamp(-1, 1)
 
-        Raises:
-            VocabularyError: wrong shape or dtype, too many levels, or a code outside the codebook.
-        """
-        if codes.dtype != torch.int64 or codes.ndim != 3:
-            raise VocabularyError(f"got codes {codes.dtype} {list(codes.shape)}, expected int64 [B, levels, F]")
-        b, levels, frames = codes.shape
-        if not 1 <= levels <= self.config.levels:
-            raise VocabularyError(f"got codes of {levels} levels, expected 1 to {self.config.levels}")
-        total = frames * self.config.hop
-        least = max(0, total - self.config.hop + 1)
-        if length is not None and not least <= length <= total:
-            raise VocabularyError(f"got length {length}, but {frames} frames hold {least} to {total} samples")
-        if not b or not frames:
-            return torch.zeros(b, 1, total if length is None else length)
-        rows = [self._synthesise(self.quantizer.decode(row.transpose(1, 2))) for row in codes.split(1)]
-        return torch.cat(rows)[:, None, :length].clamp(-1, 1)
+
+class SpectralEncoder(StreamEncoder):
+    """A stream through the encoder of a ``SpectralCodec``, whose ``stream_encoder`` makes it."""
+
+    def __init__(self, codec: SpectralCodec, levels: int) -> None:
+        super().__init__(codec, levels)
+        self.codec = codec
+        self.layers = Stream(codec.encoder)
+        self.latency = codec.analysis.after + self.layers.delay * codec.hop
+        self.kept = torch.zeros(0)
+
+    def advance(self, samples: Tensor, last: bool) -> Tensor:
+        """As ``StreamEncoder.advance``."""
+        analysis, hop = self.codec.analysis, self.codec.hop
+        samples = torch.cat([self.kept, samples], -1) if len(self.kept) else F.pad(samples, (analysis.before, 0))
+        if last:
+            whole = -(samples.shape[-1] - analysis.before) % hop
+            samples = F.pad(samples, (0, whole + analysis.after))
+        count = max(0, (samples.shape[-1] - analysis.around) // hop)
+        self.kept = samples[..., count * hop :]
+        return self.codec._quantize(self.layers, samples[..., : analysis.around + count * hop], self.levels, last)
+
+
+class SpectralDecoder(StreamDecoder):
+    """A stream through the decoder of a ``SpectralCodec``, whose ``stream_decoder`` makes it."""
+
+    def __init__(self, codec: SpectralCodec, length: int | None) -> None:
+        super().__init__(codec, length)
+        self.codec = codec
+        self.layers, self.sound = Stream(codec.decoder), codec.overlap_add()
+        self.latency = self.sound.left + self.layers.delay * codec.hop
+
+    def advance(self, codes: Tensor, last: bool) -> Tensor:
+        """As ``StreamDecoder.advance``."""
+        return self.codec._synthesize(self.layers, self.sound, codes, last)
+
+
+def _bank(config: SpectralCodecConfig, window: int, mels: int) -> Tensor:
+    """Mel filters [window // 2 + 1, mels]."""
+    return melscale_fbanks(window // 2 + 1, 0.0, config.sample_rate / 2, mels, config.sample_rate, norm="slaney")
+
+
+def _log_mel(pieces: Tensor, window: Tensor, bank: Tensor) -> Tensor:
+    """[..., window] -> [..., mels]."""
+    return (torch.fft.rfft(pieces * window, dim=-1).abs() @ bank).clamp(min=SILENCE).log()

@@ -152,7 +152,7 @@ class AudioTokenizer(nn.Module, ABC):
             if isinstance(length, Sequence):
                 raise VocabularyError(f"got {len(length)} lengths for one tensor of codes, expected one number")
             self.check_codes(codes)
-            return self._decode(codes, self._check_length(length, codes.shape[-1]))
+            return self._decode(codes, self.check_length(length, codes.shape[-1]))
         lengths = [None] * len(codes) if length is None else length
         if not isinstance(lengths, Sequence) or len(lengths) != len(codes):
             raise VocabularyError(f"got lengths {lengths!r} for {len(codes)} sounds, expected one for each")
@@ -161,7 +161,7 @@ class AudioTokenizer(nn.Module, ABC):
                 got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
                 raise VocabularyError(f"codes {i} are {got}, expected int64 [levels, F]")
             self.check_codes(x[None], f"codes {i}: ")
-        kept = [self._check_length(n, x.shape[-1]) for n, x in zip(lengths, codes, strict=True)]
+        kept = [self.check_length(n, x.shape[-1]) for n, x in zip(lengths, codes, strict=True)]
         return [self._decode(x[None], n)[0] for x, n in zip(codes, kept, strict=True)]
 
     def near_ties(self, samples: Tensor, within: float) -> Tensor | None:
@@ -259,7 +259,8 @@ class AudioTokenizer(nn.Module, ABC):
         rows = [self.to_samples(row)[..., :length] for row in codes.split(1)]
         return (rows[0] if len(rows) == 1 else torch.cat(rows)).clamp_(-1, 1)
 
-    def _check_length(self, length: int | None, frames: int) -> int:
+    def check_length(self, length: int | None, frames: int) -> int:
+        """How many samples to keep of so many frames; raise VocabularyError unless they hold ``length``."""
         total, least = frames * self.hop, max(0, (frames - 1) * self.hop + 1)
         if length is not None and not least <= length <= total:
             raise VocabularyError(f"got length {length}, but {frames} frames hold {least} to {total} samples")
@@ -277,17 +278,41 @@ class StreamEncoder(ABC):
 
     latency: int = 0
 
-    @abstractmethod
+    def __init__(self, tokenizer: AudioTokenizer, levels: int) -> None:
+        self.tokenizer, self.levels = tokenizer, levels
+        self.rows: int | None = None
+        self.finished = False
+
     def push(self, samples: Tensor) -> Tensor:
         """The next samples, float32 [B, channels, n], any n -> codes of the frames that are complete now, [B, K, f].
 
         Raises:
             MediaError: wrong dtype or shape, NaN, another B than before, or a stream that has been finished.
         """
+        self._check_open()
+        self.tokenizer.check_samples(samples)
+        if self.rows not in (None, len(samples)):
+            raise MediaError(f"got {len(samples)} sounds, expected {self.rows} as in the push before")
+        self.rows = len(samples)
+        return self.advance(samples, last=False)
 
-    @abstractmethod
     def finish(self) -> Tensor:
-        """End the sound -> the codes that are still to come, int64 [B, K, f]."""
+        """End the sound -> the codes that are still to come, int64 [B, K, f].
+
+        Raises:
+            MediaError: the stream has been finished.
+        """
+        self._check_open()
+        self.finished = True
+        return self.advance(torch.zeros(self.rows or 1, self.tokenizer.channels, 0), last=True)
+
+    def advance(self, samples: Tensor, last: bool) -> Tensor:
+        """Checked samples, possibly none -> codes that are certain now; all that is left if they are the last."""
+        raise NotImplementedError
+
+    def _check_open(self) -> None:
+        if self.finished:
+            raise MediaError("the stream has been finished; begin another with stream_encoder()")
 
 
 class StreamDecoder(ABC):
@@ -299,7 +324,12 @@ class StreamDecoder(ABC):
 
     latency: int = 0
 
-    @abstractmethod
+    def __init__(self, tokenizer: AudioTokenizer, length: int | None) -> None:
+        self.tokenizer, self.length = tokenizer, length
+        self.shape: tuple[int, int] | None = None
+        self.frames = self.given = 0
+        self.finished = False
+
     def push(self, codes: Tensor) -> Tensor:
         """The next codes, int64 [B, L, f], any f -> the samples that are certain now, float32 [B, channels, n].
 
@@ -307,7 +337,38 @@ class StreamDecoder(ABC):
             VocabularyError: wrong dtype or shape, a code outside its codebook, another B or L than before, or a stream
                 that has been finished.
         """
+        self._check_open()
+        self.tokenizer.check_codes(codes)
+        shape = codes.shape[0], codes.shape[1]
+        if self.shape not in (None, shape):
+            raise VocabularyError(
+                f"got codes {list(codes.shape)}, expected {self.shape} sounds and levels as in the push before"
+            )
+        self.shape = shape
+        self.frames += codes.shape[-1]
+        return self._cut(self.advance(codes, last=False))
 
-    @abstractmethod
     def finish(self) -> Tensor:
-        """End the codes -> the samples that are still to come, float32 [B, channels, n]."""
+        """End the codes -> the samples that are still to come, float32 [B, channels, n].
+
+        Raises:
+            VocabularyError: the frames do not hold ``length`` samples, or the stream has been finished.
+        """
+        self._check_open()
+        self.tokenizer.check_length(self.length, self.frames)
+        self.finished = True
+        rows, levels = self.shape or (1, len(self.tokenizer.codebook_sizes))
+        return self._cut(self.advance(torch.zeros(rows, levels, 0, dtype=torch.int64), last=True))
+
+    def advance(self, codes: Tensor, last: bool) -> Tensor:
+        """Checked codes, possibly none -> samples that are certain now; all that is left if they are the last."""
+        raise NotImplementedError
+
+    def _cut(self, samples: Tensor) -> Tensor:
+        left = samples.shape[-1] if self.length is None else max(0, self.length - self.given)
+        self.given += samples.shape[-1]
+        return samples[..., :left]
+
+    def _check_open(self) -> None:
+        if self.finished:
+            raise VocabularyError("the stream has been finished; begin another with stream_decoder()")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from mmtok.checkpoints import atomic_write, load_strict, load_tensors, tensors_to_bytes
 from mmtok.config import Config
 from mmtok.errors import CheckpointError, ConfigError, DataError
-from mmtok.media import write_image
+from mmtok.media import write_audio, write_image
 from mmtok.training import distributed
 from mmtok.training.averaging import Average
 
@@ -40,6 +40,7 @@ HEARTBEAT_S = 30.0  # where the progress bar cannot be drawn, in a log file, a l
 
 Metrics = dict[str, float]
 Pictures = dict[str, np.ndarray]
+Sounds = dict[str, tuple[np.ndarray, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,7 @@ def fit(
     config: LoopConfig,
     run: Path,
     loss: Callable[[int], tuple[Tensor, Metrics]],
-    evaluate: Callable[[int], Metrics | tuple[Metrics, Pictures]],
+    evaluate: Callable[[int], Metrics | tuple[Metrics, Pictures] | tuple[Metrics, Pictures, Sounds]],
     description: str,
     settings: Mapping[str, Any],
 ) -> None:
@@ -149,9 +150,9 @@ def fit(
             and the threads.
         run: directory of the checkpoint and of metrics.jsonl.
         loss: step -> (scalar loss, metrics to show); must draw its data from ``rng(config, step)`` alone.
-        evaluate: step -> metrics, and if there is something to look at, pictures uint8 [3, H, W] by name, which go
-            to ``run/samples`` and to TensorBoard. Called in eval mode without gradients, every ``eval_every`` steps and
-            at the end, by rank 0 alone.
+        evaluate: step -> metrics, and if there is something to look at or to hear, pictures uint8 [3, H, W] and sounds
+            (float32 [C, T], Hz) by name, which go to ``run/samples`` and to TensorBoard. Called in eval mode without
+            gradients, every ``eval_every`` steps and at the end, by rank 0 alone.
         description: shown before the progress bar.
         settings: all else that makes this run what it is, by name: each a ``Config`` or JSON-able, such as the model's
             shape, the weights of the loss and a digest of the data; must be those of the checkpoint too.
@@ -209,11 +210,11 @@ def fit(
                 console.print(f"step {step} of {config.steps}: {text}", soft_wrap=True)
             last = step == config.steps
             if (step % config.eval_every == 0 or last) and chief:
-                rate = (step - shown) / max(1e-9, time.monotonic() - started)
+                pace = (step - shown) / max(1e-9, time.monotonic() - started)
                 model.eval()
                 with torch.no_grad(), average.applied() if average else nullcontext():
-                    metrics, pictures = _both(evaluate(step))
-                line = {"step": step, "lr": config.lr_at(step - 1), "steps_per_s": round(rate, 3), **live, **metrics}
+                    metrics, pictures, sounds = _all(evaluate(step))
+                line = {"step": step, "lr": config.lr_at(step - 1), "steps_per_s": round(pace, 3), **live, **metrics}
                 with (run / LOG).open("a", encoding="utf-8") as f:
                     f.write(json.dumps(line) + "\n")
                 if board is not None:
@@ -223,6 +224,10 @@ def fit(
                     write_image(run / "samples" / f"{step:06}{name and '-'}{name}.png", picture)
                     if board is not None:
                         board.add_image(name or "samples", picture, step)
+                for name, (samples, rate) in sounds.items():
+                    write_audio(run / "samples" / f"{step:06}-{name}.wav", samples, rate)
+                    if board is not None:
+                        board.add_audio(name, samples.mean(0, keepdims=True), step, rate)
                 console.print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
                 started, shown = time.monotonic(), step
             if step % config.save_every == 0 or last:
@@ -322,8 +327,12 @@ def load_state(
     return step
 
 
-def _both(evaluated: Metrics | tuple[Metrics, Pictures]) -> tuple[Metrics, Pictures]:
-    return evaluated if isinstance(evaluated, tuple) else (evaluated, {})
+def _all(
+    evaluated: Metrics | tuple[Metrics, Pictures] | tuple[Metrics, Pictures, Sounds],
+) -> tuple[Metrics, Pictures, Sounds]:
+    if not isinstance(evaluated, tuple):
+        return evaluated, {}, {}
+    return evaluated if len(evaluated) == 3 else (*evaluated, {})
 
 
 def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -143,7 +143,7 @@ class EncodecStreamDecoder(StreamDecoder):
         """
         self._check_open()
         self._finished = True
-        self.codec._check_length(self.length, self._frames + self._rest.shape[-1])
+        self.codec.check_length(self.length, self._frames + self._rest.shape[-1])
         return self._decode(self._rest)
 
     def _decode(self, codes: Tensor) -> Tensor:

@@ -310,5 +310,5 @@ class MimiStreamDecoder(StreamDecoder):
         if self._finished:
             raise VocabularyError("the stream has been finished; begin another with stream_decoder()")
         self._finished = True
-        self.codec._check_length(self.length, self._frames)
+        self.codec.check_length(self.length, self._frames)
         return torch.zeros(self._shape[0], self.codec.channels, 0)
