@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Concatenate, ParamSpec, Self, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mmtok import checkpoints
 from mmtok.config import Config
@@ -17,6 +17,8 @@ from mmtok.quantizers import Quantizer
 
 # Buffers of the codebooks that only training needs: they stay out of the shipped files.
 TRAINING_ONLY = ("counts", "sums", "started")
+TINY = 1e-30  # a row of weights below it is stored as zeros
+SCALE = ".row_scale"  # follows the name of a tensor that is stored as int8
 
 
 P = ParamSpec("P")
@@ -33,6 +35,42 @@ def exact(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P],
             return method(self, *args, **kwargs)
 
     return wrapped
+
+
+def pack(state: Mapping[str, Tensor], bits: int = 16) -> dict[str, Tensor]:
+    """Tensors as they are stored: float16, or with 8 bits int8 matrices and kernels and a float32 scale for each row.
+
+    What ``unpack`` gives of the result is packed to the same bytes again.
+    """
+    out: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if bits == 8 and value.is_floating_point() and value.ndim >= 2:
+            rows = value.float().flatten(1)
+            scale = _coarse(rows.abs().amax(1) / 127)
+            steps = (rows / scale.clamp(min=TINY)[:, None]).round().clamp(-127, 127)
+            out[name] = steps.to(torch.int8).view(value.shape)
+            out[name + SCALE] = scale
+        else:
+            out[name] = value.half() if value.is_floating_point() else value
+    return out
+
+
+def _coarse(scale: Tensor) -> Tensor:
+    """Float32 rounded to 16 bits of mantissa: its product with a step is exact, so that a row keeps its scale."""
+    bits = (scale.contiguous().view(torch.int32) + 0x80) & ~0xFF
+    return torch.where(scale < TINY, torch.zeros_like(scale), bits.view(torch.float32))
+
+
+def unpack(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse: float32 of what ``pack`` gave; a scale that is missing or left over stays for the strict load."""
+    out: dict[str, Tensor] = {}
+    for name, value in stored.items():
+        scale = stored.get(name + SCALE)
+        if scale is not None and value.dtype == torch.int8 and scale.shape == value.shape[:1]:
+            out[name] = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
+        elif not (name.endswith(SCALE) and stored.get(name.removesuffix(SCALE), value).dtype == torch.int8):
+            out[name] = value.float() if value.is_floating_point() else value
+    return out
 
 
 class CodecModel(nn.Module):
@@ -68,11 +106,10 @@ class CodecModel(nn.Module):
 
     def _files(self) -> dict[str, bytes]:
         state = {k: v for k, v in self.state_dict().items() if k.rsplit(".", 1)[-1] not in TRAINING_ONLY}
-        half = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
-        return {checkpoints.WEIGHTS: checkpoints.tensors_to_bytes(half)}
+        return {checkpoints.WEIGHTS: checkpoints.tensors_to_bytes(pack(state, getattr(self.config, "stored_bits", 16)))}
 
     def save(self, path: str | Path) -> None:
-        """Write config.json, model.safetensors (float16) and mmtok.json to a directory, atomically."""
+        """Write config.json, model.safetensors (see ``pack``) and mmtok.json to a directory, atomically."""
         checkpoints.save_checkpoint(path, self.kind, self.config.to_json(), self._files())
 
     @classmethod
@@ -85,7 +122,7 @@ class CodecModel(nn.Module):
         config_json, files, state, directory = checkpoints.read_model(path, cls.kind)
         model = cls(cls.config_class.from_json(config_json))
         rest = {k: v for k, v in model.state_dict().items() if k.rsplit(".", 1)[-1] in TRAINING_ONLY}
-        wide = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+        wide = unpack(state)
         checkpoints.load_strict(model, {**rest, **wide}, str(directory))
         bad = [k for k, v in wide.items() if not torch.isfinite(v).all()]
         if bad:

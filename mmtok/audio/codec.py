@@ -48,6 +48,7 @@ class SpectralCodecConfig(Config):
         codebook_size: codes a level.
         codebook_dim: channels in which codes are searched.
         fsq_levels: values of each channel of ``fsq``.
+        stored_bits: of a weight in the files that ``save`` writes: 16, or 8 with a scale for each row of a matrix.
     """
 
     sample_rate: int = 16_000
@@ -66,6 +67,7 @@ class SpectralCodecConfig(Config):
     codebook_size: int = 1024
     codebook_dim: int = 48
     fsq_levels: tuple[int, ...] = ()
+    stored_bits: int = 16
 
     def __post_init__(self) -> None:
         least = {"shorts": 0}
@@ -73,6 +75,8 @@ class SpectralCodecConfig(Config):
             value, low = getattr(self, field.name), least.get(field.name, 1)
             if field.type == "int" and value < low:
                 raise ConfigError(f"SpectralCodecConfig.{field.name}: got {value}, expected at least {low}")
+        if self.stored_bits not in (8, 16):
+            raise ConfigError(f"SpectralCodecConfig.stored_bits: got {self.stored_bits}, expected 8 or 16")
         if self.window < self.hop or (self.window - self.hop) % 2:
             raise ConfigError(
                 f"SpectralCodecConfig: got window {self.window} and hop {self.hop}, expected a window of at least one "
