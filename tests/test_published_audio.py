@@ -358,7 +358,7 @@ def test_streams_that_are_used_wrongly(codecs: dict) -> None:
     back = mimi.stream_decoder(length=90)
     codes = mimi.encode(sound(70))
     assert back.push(codes[..., :2]).shape == (1, 1, 64)
-    with pytest.raises(VocabularyError, match="expected 1 sounds of 4 levels as before"):
+    with pytest.raises(VocabularyError, match="expected 1 sounds of 4 levels as in the push before"):
         back.push(codes[:, :3, :1])
     assert back.push(codes[..., 2:]).shape == (1, 1, 26)
     assert back.finish().shape == (1, 1, 0)
@@ -368,4 +368,6 @@ def test_streams_that_are_used_wrongly(codecs: dict) -> None:
     short.push(codes[..., :2])
     with pytest.raises(VocabularyError, match="got length 90, but 2 frames hold 33 to 64 samples"):
         short.finish()
+    assert short.push(codes[..., 2:]).shape == (1, 1, 26)
+    assert short.finish().shape == (1, 1, 0)
     assert mimi.stream_decoder().finish().shape == (1, 1, 0)

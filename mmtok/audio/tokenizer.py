@@ -280,7 +280,7 @@ class StreamEncoder(ABC):
 
     def __init__(self, tokenizer: AudioTokenizer, levels: int) -> None:
         self.tokenizer, self.levels = tokenizer, levels
-        self.rows: int | None = None
+        self.nothing: Tensor | None = None  # no samples of as many sounds, where they are
         self.finished = False
 
     def push(self, samples: Tensor) -> Tensor:
@@ -291,9 +291,9 @@ class StreamEncoder(ABC):
         """
         self._check_open()
         self.tokenizer.check_samples(samples)
-        if self.rows not in (None, len(samples)):
-            raise MediaError(f"got {len(samples)} sounds, expected {self.rows} as in the push before")
-        self.rows = len(samples)
+        if self.nothing is not None and len(samples) != len(self.nothing):
+            raise MediaError(f"got {len(samples)} sounds, expected {len(self.nothing)} as in the push before")
+        self.nothing = samples.new_zeros(*samples.shape[:2], 0)
         return self.advance(samples, last=False)
 
     def finish(self) -> Tensor:
@@ -304,11 +304,12 @@ class StreamEncoder(ABC):
         """
         self._check_open()
         self.finished = True
-        return self.advance(torch.zeros(self.rows or 1, self.tokenizer.channels, 0), last=True)
+        nothing = torch.zeros(1, self.tokenizer.channels, 0) if self.nothing is None else self.nothing
+        return self.advance(nothing, last=True)
 
+    @abstractmethod
     def advance(self, samples: Tensor, last: bool) -> Tensor:
         """Checked samples, possibly none -> codes that are certain now; all that is left if they are the last."""
-        raise NotImplementedError
 
     def _check_open(self) -> None:
         if self.finished:
@@ -326,7 +327,7 @@ class StreamDecoder(ABC):
 
     def __init__(self, tokenizer: AudioTokenizer, length: int | None) -> None:
         self.tokenizer, self.length = tokenizer, length
-        self.shape: tuple[int, int] | None = None
+        self.nothing: Tensor | None = None  # no frames of as many sounds and levels, where they are
         self.frames = self.given = 0
         self.finished = False
 
@@ -339,12 +340,12 @@ class StreamDecoder(ABC):
         """
         self._check_open()
         self.tokenizer.check_codes(codes)
-        shape = codes.shape[0], codes.shape[1]
-        if self.shape not in (None, shape):
+        if self.nothing is not None and codes.shape[:2] != self.nothing.shape[:2]:
+            rows, levels, _ = self.nothing.shape
             raise VocabularyError(
-                f"got codes {list(codes.shape)}, expected {self.shape} sounds and levels as in the push before"
+                f"got codes {list(codes.shape)}, expected {rows} sounds of {levels} levels as in the push before"
             )
-        self.shape = shape
+        self.nothing = codes.new_zeros(*codes.shape[:2], 0)
         self.frames += codes.shape[-1]
         return self._cut(self.advance(codes, last=False))
 
@@ -352,17 +353,19 @@ class StreamDecoder(ABC):
         """End the codes -> the samples that are still to come, float32 [B, channels, n].
 
         Raises:
-            VocabularyError: the frames do not hold ``length`` samples, or the stream has been finished.
+            VocabularyError: the stream has been finished, or the frames do not hold ``length`` samples; it is not
+                finished then.
         """
         self._check_open()
         self.tokenizer.check_length(self.length, self.frames)
         self.finished = True
-        rows, levels = self.shape or (1, len(self.tokenizer.codebook_sizes))
-        return self._cut(self.advance(torch.zeros(rows, levels, 0, dtype=torch.int64), last=True))
+        levels = len(self.tokenizer.codebook_sizes)
+        nothing = torch.zeros(1, levels, 0, dtype=torch.int64) if self.nothing is None else self.nothing
+        return self._cut(self.advance(nothing, last=True))
 
+    @abstractmethod
     def advance(self, codes: Tensor, last: bool) -> Tensor:
         """Checked codes, possibly none -> samples that are certain now; all that is left if they are the last."""
-        raise NotImplementedError
 
     def _cut(self, samples: Tensor) -> Tensor:
         left = samples.shape[-1] if self.length is None else max(0, self.length - self.given)

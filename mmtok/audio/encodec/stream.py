@@ -18,7 +18,6 @@ from torch import Tensor
 from mmtok.audio.encodec.network import HOP, LEAD, Memory, Network
 from mmtok.audio.tokenizer import AudioTokenizer, StreamDecoder, StreamEncoder
 from mmtok.codec import exact
-from mmtok.errors import MediaError, VocabularyError
 
 # Frames that go through the network together: 2 s. Fewer cost more time for each frame, more cost more memory.
 PIECE = 150
@@ -72,39 +71,23 @@ class EncodecStreamEncoder(StreamEncoder):
     latency = (LEAD - 1) * HOP
 
     def __init__(self, codec: AudioTokenizer, network: Network, levels: int) -> None:
-        self.codec, self.network, self.levels = codec, network, levels
+        super().__init__(codec, levels)
+        self.network = network
         self._memories: list[Memory] | None = None
-        self._rest = torch.zeros(1, 1, 0)
+        self._rest = torch.zeros(0)
         self._least = LEAD * HOP  # samples before anything can come out
-        self._finished = False
 
-    def push(self, samples: Tensor) -> Tensor:
-        """As ``StreamEncoder.push``."""
-        self.codec.check_samples(samples)
-        self._check_open()
+    def advance(self, samples: Tensor, last: bool) -> Tensor:
+        """As ``StreamEncoder.advance``."""
         if self._memories is None:
             self._memories, self._rest = [{} for _ in samples], samples[..., :0]
-        if len(samples) != len(self._memories):
-            raise MediaError(f"got {len(samples)} sounds, expected {len(self._memories)} as in the push before")
         held = torch.cat([self._rest, samples], -1)
         whole = held.shape[-1] // HOP * HOP if held.shape[-1] >= self._least else 0
-        self._rest = held[..., whole:].clone()
         self._least = 0 if whole else self._least
+        if last:
+            whole = held.shape[-1]
+        self._rest = held[..., whole:].clone()
         return encode_next(self.network, self._memories, held[..., :whole], self.levels)
-
-    def finish(self) -> Tensor:
-        """As ``StreamEncoder.finish``.
-
-        Raises:
-            MediaError: a stream that has been finished.
-        """
-        self._check_open()
-        self._finished = True
-        return encode_next(self.network, self._memories or [], self._rest, self.levels)
-
-    def _check_open(self) -> None:
-        if self._finished:
-            raise MediaError("the stream has been finished; begin another with stream_encoder()")
 
 
 class EncodecStreamDecoder(StreamDecoder):
@@ -113,45 +96,18 @@ class EncodecStreamDecoder(StreamDecoder):
     latency = (LEAD - 1) * HOP
 
     def __init__(self, codec: AudioTokenizer, network: Network, length: int | None) -> None:
-        self.codec, self.network, self.length = codec, network, length
+        super().__init__(codec, length)
+        self.network = network
         self._memories: list[Memory] | None = None
-        self._rest = torch.zeros(1, 1, 0, dtype=torch.int64)
+        self._rest = torch.zeros(0)
         self._least = LEAD  # frames before anything can come out
-        self._frames = 0  # that have come out
-        self._finished = False
 
-    def push(self, codes: Tensor) -> Tensor:
-        """As ``StreamDecoder.push``."""
-        self.codec.check_codes(codes)
-        self._check_open()
+    def advance(self, codes: Tensor, last: bool) -> Tensor:
+        """As ``StreamDecoder.advance``."""
         if self._memories is None:
             self._memories, self._rest = [{} for _ in codes], codes[..., :0]
-        if codes.shape[:2] != self._rest.shape[:2]:
-            rows, levels = self._rest.shape[:2]
-            raise VocabularyError(f"got codes {list(codes.shape)}, expected {rows} sounds of {levels} levels as before")
         held = torch.cat([self._rest, codes], -1)
-        whole = held.shape[-1] if held.shape[-1] >= self._least else 0
-        self._rest = held[..., whole:].clone()
+        whole = held.shape[-1] if last or held.shape[-1] >= self._least else 0
         self._least = 0 if whole else self._least
-        return self._decode(held[..., :whole])
-
-    def finish(self) -> Tensor:
-        """As ``StreamDecoder.finish``.
-
-        Raises:
-            VocabularyError: the frames do not hold ``length`` samples, or a stream that has been finished.
-        """
-        self._check_open()
-        self._finished = True
-        self.codec.check_length(self.length, self._frames + self._rest.shape[-1])
-        return self._decode(self._rest)
-
-    def _decode(self, codes: Tensor) -> Tensor:
-        made = self._frames * HOP
-        self._frames += codes.shape[-1]
-        samples = decode_next(self.network, self._memories or [], codes)
-        return samples if self.length is None else samples[..., : max(0, self.length - made)]
-
-    def _check_open(self) -> None:
-        if self._finished:
-            raise VocabularyError("the stream has been finished; begin another with stream_decoder()")
+        self._rest = held[..., whole:].clone()
+        return decode_next(self.network, self._memories, held[..., :whole])

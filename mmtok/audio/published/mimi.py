@@ -29,7 +29,7 @@ from mmtok.audio.published.causal import Carry, run, transform
 from mmtok.audio.tokenizer import StreamDecoder, StreamEncoder
 from mmtok.codec import exact
 from mmtok.config import Config
-from mmtok.errors import CheckpointError, ConfigError, MediaError, VocabularyError
+from mmtok.errors import CheckpointError, ConfigError
 from mmtok.published import config_of
 
 PIECE = 128  # frames of a long sound that go through the network together: 10 s
@@ -247,68 +247,33 @@ class MimiStreamEncoder(StreamEncoder):
     """See ``Mimi.stream_encoder``."""
 
     def __init__(self, codec: Mimi, levels: int) -> None:
-        self.codec, self.levels = codec, levels
+        super().__init__(codec, levels)
+        self.codec = codec
         self._carries: list[Carry] | None = None
-        self._rest = torch.zeros(1, codec.channels, 0)  # of a frame
-        self._finished = False
+        self._rest = torch.zeros(0)  # of a frame
 
-    def push(self, samples: Tensor) -> Tensor:
-        """As ``StreamEncoder.push``."""
-        self.codec.check_samples(samples)
-        if self._finished:
-            raise MediaError("the stream has been finished; begin another with stream_encoder()")
+    def advance(self, samples: Tensor, last: bool) -> Tensor:
+        """As ``StreamEncoder.advance``."""
         if self._carries is None:
             self._carries, self._rest = [Carry() for _ in samples], samples[..., :0]
-        if len(samples) != len(self._carries):
-            raise MediaError(f"got {len(samples)} sounds, expected {len(self._carries)} as in the push before")
         held = torch.cat([self._rest, samples], -1)
+        if last:
+            held = F.pad(held, (0, -held.shape[-1] % self.codec.hop))
         whole = held.shape[-1] - held.shape[-1] % self.codec.hop
         self._rest = held[..., whole:].clone()
         return self.codec.encode_next(self._carries, held[..., :whole], self.levels)
-
-    def finish(self) -> Tensor:
-        """As ``StreamEncoder.finish``."""
-        if self._finished:
-            raise MediaError("the stream has been finished; begin another with stream_encoder()")
-        self._finished = True
-        tail = F.pad(self._rest, (0, -self._rest.shape[-1] % self.codec.hop))
-        return self.codec.encode_next(self._carries or [], tail, self.levels)
 
 
 class MimiStreamDecoder(StreamDecoder):
     """See ``Mimi.stream_decoder``."""
 
     def __init__(self, codec: Mimi, length: int | None) -> None:
-        self.codec, self.length = codec, length
+        super().__init__(codec, length)
+        self.codec = codec
         self._carries: list[Carry] | None = None
-        self._shape = (1, 1)  # sounds and levels
-        self._frames = 0
-        self._finished = False
 
-    def push(self, codes: Tensor) -> Tensor:
-        """As ``StreamDecoder.push``."""
-        self.codec.check_codes(codes)
-        if self._finished:
-            raise VocabularyError("the stream has been finished; begin another with stream_decoder()")
+    def advance(self, codes: Tensor, last: bool) -> Tensor:
+        """As ``StreamDecoder.advance``."""
         if self._carries is None:
-            self._carries, self._shape = [Carry() for _ in codes], (len(codes), codes.shape[1])
-        if self._shape != codes.shape[:2]:
-            raise VocabularyError(
-                f"got codes {list(codes.shape)}, expected {self._shape[0]} sounds of {self._shape[1]} levels as before"
-            )
-        made = self._frames * self.codec.hop
-        self._frames += codes.shape[-1]
-        samples = self.codec.decode_next(self._carries, codes).clamp(-1, 1)
-        return samples if self.length is None else samples[..., : max(0, self.length - made)]
-
-    def finish(self) -> Tensor:
-        """As ``StreamDecoder.finish``.
-
-        Raises:
-            VocabularyError: the frames do not hold ``length`` samples, or a stream that has been finished.
-        """
-        if self._finished:
-            raise VocabularyError("the stream has been finished; begin another with stream_decoder()")
-        self._finished = True
-        self.codec.check_length(self.length, self._frames)
-        return torch.zeros(self._shape[0], self.codec.channels, 0)
+            self._carries = [Carry() for _ in codes]
+        return self.codec.decode_next(self._carries, codes).clamp(-1, 1)
