@@ -9,23 +9,23 @@ Images: PNG, JPEG, GIF (first frame), WebP, BMP. Audio: WAV, FLAC, Ogg Vorbis, O
 from __future__ import annotations
 
 import io
-import math
 import os
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import soundfile
 from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
-from scipy.signal import firwin, resample_poly
 
 from mmtok.checkpoints import atomic_write
 from mmtok.errors import MediaError
+from mmtok.resampling import SAMPLE_RATES as SAMPLE_RATES
+from mmtok.resampling import Resampler, check_rate
+from mmtok.resampling import resample as resample
 from mmtok.sniffing import NOUN, check_complete, check_file, kind_and_size, magic, one_line, os_call
 from mmtok.sniffing import PathLike as PathLike
 
@@ -33,13 +33,13 @@ MAX_PIXELS = 64_000_000
 MAX_IMAGE_BYTES = 256 * 2**20
 MAX_TEXT_BYTES = 64 * 2**20
 MAX_SECONDS = 1800.0
-SAMPLE_RATES = (1_000, 192_000)
 MAX_CHANNELS = 64
 
 # Amplitude above which a float file is taken to be badly scaled. Lossy codecs overshoot 1.0 by far less.
 _PEAK_LIMIT = 8.0
 # Manifests give times rounded to milliseconds: an end this much past the last sample is the end.
 _END_TOLERANCE_S = 0.01
+_BLOCK = 1 << 18  # frames that are read at once
 _WHITE = (255, 255, 255)
 _IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 # What Pillow raises on damaged files of these formats. Nothing broader is caught.
@@ -168,36 +168,31 @@ def read_audio(
     Raises:
         MediaError: not readable, cut short, no samples, NaN, badly scaled, too long, or start/end out of range.
     """
-    kind, size = kind_and_size(path)
-    if kind != "audio":
-        raise MediaError(f"{path}: holds {NOUN[kind]}, expected audio (wav, flac, ogg, opus, mp3)")
     if sample_rate is not None:
         check_rate("sample_rate", sample_rate)
-    try:
-        with soundfile.SoundFile(os.fspath(path)) as file:
-            rate, channels, frames = file.samplerate, file.channels, file.frames
-            check_rate(f"{path}: sample rate", rate)
-            if channels > MAX_CHANNELS:
-                raise MediaError(f"{path}: {channels} channels, the limit is {MAX_CHANNELS}")
-            first, last = _frame_range(path, frames, rate, start, end, max_seconds)
-            if start is None and end is None:
-                check_complete(Path(path), size)
-            samples = _read_frames(file, first, last, mono)
-            # The length of an MP3 is an estimate where the file carries no table, so it alone may be shorter.
-            if samples.shape[1] < last - first and (file.format != "MP3" or samples.shape[1] == 0):
-                raise MediaError(
-                    f"{path}: damaged or cut short audio: {samples.shape[1]} of {last - first} frames could be read"
-                )
-    except (soundfile.SoundFileError, OSError, ValueError) as error:
-        if isinstance(error, MediaError):
-            raise
-        raise MediaError(f"{path}: damaged or cut short audio ({one_line(error)})") from error
-    if not np.isfinite(samples).all():
-        raise MediaError(f"{path}: holds NaN or infinite samples, expected -1..1")
-    peak = float(np.abs(samples).max())
-    if peak > _PEAK_LIMIT:
-        raise MediaError(f"{path}: samples reach {peak:.4g}, expected -1..1; scale the file")
-    return np.clip(resample(samples, rate, sample_rate or rate), -1.0, 1.0)
+    rates, blocks = zip(*_audio_blocks(path, start, end, mono, max_seconds), strict=True)
+    return np.clip(resample(np.concatenate(blocks, 1), rates[0], sample_rate or rates[0]), -1.0, 1.0)
+
+
+def audio_blocks(
+    path: PathLike,
+    sample_rate: int | None,
+    start: float | None = None,
+    end: float | None = None,
+    mono: bool = True,
+) -> Iterator[np.ndarray]:
+    """As ``read_audio``, block by block, for sounds of any length at constant memory: float32 [C, n], any n.
+
+    A fault is raised when its block is reached; what came before is sound.
+    """
+    if sample_rate is not None:
+        check_rate("sample_rate", sample_rate)
+    resampler: Resampler | None = None
+    for rate, block in _audio_blocks(path, start, end, mono, float("inf")):
+        resampler = resampler or Resampler(rate, sample_rate or rate)
+        yield np.clip(resampler.push(block), -1.0, 1.0)
+    if resampler is not None:
+        yield np.clip(resampler.finish(), -1.0, 1.0)
 
 
 def audio_rate(path: PathLike) -> int:
@@ -228,22 +223,6 @@ def write_audio(path: PathLike, samples: np.ndarray, sample_rate: int) -> None:
     atomic_write(os.fspath(path), buffer.getvalue())
 
 
-def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
-    """Resample float32 [C, T] to [C, ceil(T * new_rate / rate)] with a Kaiser-windowed sinc, 64 zero crossings a side.
-
-    The filter is that of resampy's and torchaudio's "kaiser_best". Polyphase filtering (scipy) keeps it small for any
-    pair of rates: the dense kernel of torchaudio takes gigabytes for a pair without a common divisor.
-    """
-    check_rate("rate", rate)
-    check_rate("new_rate", new_rate)
-    if rate == new_rate or samples.shape[1] == 0:
-        return samples
-    divisor = math.gcd(rate, new_rate)
-    up, down = new_rate // divisor, rate // divisor
-    window = _sinc_filter(max(up, down))
-    return np.stack([resample_poly(x, up, down, window=window) for x in samples]).astype(np.float32, copy=False)
-
-
 def check_pixels(pixels: np.ndarray, channels: tuple[int, ...] = (3,)) -> None:
     """Raise :class:`MediaError` unless ``pixels`` is a uint8 array [C, H, W] with H, W >= 1 and C in ``channels``."""
     if not isinstance(pixels, np.ndarray):
@@ -261,13 +240,6 @@ def check_samples(samples: np.ndarray) -> None:
         raise MediaError(f"got samples {samples.dtype} {list(samples.shape)}, expected float32 [C, T] with C >= 1")
     if not np.isfinite(samples).all():
         raise MediaError("samples hold NaN or infinite values, expected -1..1")
-
-
-def check_rate(what: str, rate: int) -> None:
-    """Raise :class:`MediaError` unless ``rate`` is an int within ``SAMPLE_RATES``; ``what`` begins the message."""
-    low, high = SAMPLE_RATES
-    if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not low <= rate <= high:
-        raise MediaError(f"{what} is {rate!r}, expected a whole number of Hz, {low}..{high}")
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -358,25 +330,53 @@ def _frame_range(
     return first, last
 
 
-def _read_frames(file: soundfile.SoundFile, first: int, last: int, mono: bool) -> np.ndarray:
-    """float32 [C, T] of frames first..last-1, block by block so that many channels never lie in memory at once."""
-    if first:
-        file.seek(first)
-    blocks, left = [], last - first
-    while left:
-        block = file.read(min(left, 1 << 20), dtype="float32", always_2d=True)
-        if not len(block):
-            break
-        left -= len(block)
-        blocks.append(block.mean(axis=1, keepdims=True, dtype=np.float32) if mono else block)
-    if not blocks:
-        return np.zeros((1, 0), np.float32)
-    return np.ascontiguousarray(np.concatenate(blocks).T)
+def _audio_blocks(
+    path: PathLike, start: float | None, end: float | None, mono: bool, max_seconds: float
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The rate in Hz and float32 [C, n], one block or more, so that many channels never lie in memory at once."""
+    kind, size = kind_and_size(path)
+    if kind != "audio":
+        raise MediaError(f"{path}: holds {NOUN[kind]}, expected audio (wav, flac, ogg, opus, mp3)")
+    rate = at = 0
+    try:
+        with soundfile.SoundFile(os.fspath(path)) as file:
+            rate, channels, frames = file.samplerate, file.channels, file.frames
+            check_rate(f"{path}: sample rate", rate)
+            if channels > MAX_CHANNELS:
+                raise MediaError(f"{path}: {channels} channels, the limit is {MAX_CHANNELS}")
+            at, last = _frame_range(path, frames, rate, start, end, max_seconds)
+            if start is None and end is None:
+                check_complete(Path(path), size)
+            first = at
+            if first:
+                file.seek(first)
+            while at < last:
+                block = file.read(min(last - at, _BLOCK), dtype="float32", always_2d=True)
+                # The length of an MP3 is an estimate where the file carries no table, so it alone may be shorter.
+                if not len(block) and (file.format != "MP3" or at == first):
+                    ends = f"it ends at {at / rate:.3f} s, expected {last / rate:.3f} s"
+                    raise MediaError(f"{path}: damaged or cut short audio: {ends}")
+                if not len(block):
+                    return
+                _check_block(path, block, at, rate)
+                at += len(block)
+                mixed = block.mean(axis=1, keepdims=True, dtype=np.float32) if mono else block
+                yield rate, np.ascontiguousarray(mixed.T)
+    except (soundfile.SoundFileError, OSError, ValueError) as error:
+        if isinstance(error, MediaError):
+            raise
+        where = f" at {at / rate:.3f} s" if rate else ""
+        raise MediaError(f"{path}: damaged or cut short audio{where} ({one_line(error)})") from error
 
 
-@lru_cache(maxsize=4)
-def _sinc_filter(factor: int) -> np.ndarray:
-    """Low-pass taps at ``factor`` times the rate; cut-off and Kaiser window as in resampy's "kaiser_best"."""
-    rolloff = 0.9475937167399596
-    half = math.ceil(64 * factor / rolloff)
-    return firwin(2 * half + 1, rolloff / factor, window=("kaiser", 14.769656459379492))
+def _check_block(path: PathLike, block: np.ndarray, at: int, rate: int) -> None:
+    """Raise MediaError, with the second, if a block [n, C] that begins at frame ``at`` holds what no sound does."""
+    peak = np.abs(block).max(axis=1)
+    bad = np.flatnonzero(~np.isfinite(peak))
+    if len(bad):
+        raise MediaError(
+            f"{path}: holds NaN or infinite samples from {(at + int(bad[0])) / rate:.3f} s on, expected -1..1"
+        )
+    if peak.max() > _PEAK_LIMIT:
+        where = (at + int(peak.argmax())) / rate
+        raise MediaError(f"{path}: samples reach {peak.max():.4g} at {where:.3f} s, expected -1..1; scale the file")

@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("recovery",),
     ("sequences",),
     ("adapters",),
+    ("resampling",),
     ("sniffing",),
     ("media",),
     ("documents",),
