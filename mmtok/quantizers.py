@@ -203,7 +203,7 @@ class VectorQuantizer(Quantizer):
                 tied[near_ties(residual, book.entries, within).rows] = True
                 out.append(tied)
                 residual = residual - book.entries[book.search(residual)]
-        return torch.stack(out, -1).view(*z.shape[:2], -1)
+        return torch.stack(out, -1).view(*z.shape[:2], len(out))
 
     def _train(self, z: Tensor, levels: int | None) -> tuple[Tensor, Tensor, Tensor]:
         z = self.books[0].on_sphere(z)

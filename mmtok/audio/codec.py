@@ -117,8 +117,8 @@ class Analysis(nn.Module):
         """[B, before + n * hop + after] -> [B, channels, n]."""
         c = self.config
         count = (samples.shape[-1] - self.around) // c.hop
-        if count < 1:
-            return samples.new_zeros(len(samples), self.channels, 0)
+        if count < 1 or not len(samples):
+            return samples.new_zeros(len(samples), self.channels, max(0, count))
         features = [_log_mel(samples.unfold(-1, c.window, c.hop), self.long, self.long_bank)]
         if c.shorts:
             step = c.hop // c.shorts
@@ -142,8 +142,8 @@ class Synthesis(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """float [B, F, dim] -> float32 [B, F, window]."""
-        if not x.shape[1]:
-            return x.new_zeros(len(x), 0, len(self.window))
+        if not x.numel():
+            return x.new_zeros(*x.shape[:2], len(self.window))
         log_magnitude, phase = self.project(x).float().split(self.bins, -1)
         magnitude = log_magnitude.clamp(max=5.0).exp()
         spectrum = torch.complex(magnitude * phase.cos(), magnitude * phase.sin())
@@ -228,6 +228,13 @@ class SpectralCodec(AudioTokenizer, CodecModel):
         *pieces, last = codes.split(PIECE, -1)
         return torch.cat([*map(stream.push, pieces), stream.advance(last, last=True)], -1)
 
+    @exact
+    def near_ties(self, samples: Tensor, within: float) -> Tensor | None:
+        """As ``AudioTokenizer.near_ties``; None where codes are not the nearest of listed vectors."""
+        self.check_samples(samples)
+        found = self.quantizer.near_ties(self.latent(F.pad(samples[:, 0], (0, -samples.shape[-1] % self.hop))), within)
+        return None if found is None else found.transpose(1, 2)
+
     def stream_encoder(self, levels: int | None = None, *, bandwidth: float | None = None) -> SpectralEncoder:
         """As ``AudioTokenizer.stream_encoder``; without delay only for a causal model."""
         return SpectralEncoder(self, self.choose_levels(levels, bandwidth))
@@ -260,12 +267,15 @@ class SpectralEncoder(StreamEncoder):
         self.codec = codec
         self.layers = Stream(codec.encoder)
         self.latency = codec.analysis.after + self.layers.delay * codec.hop
-        self.kept = torch.zeros(0)
+        self.kept: Tensor | None = None
 
     def advance(self, samples: Tensor, last: bool) -> Tensor:
         """As ``StreamEncoder.advance``."""
         analysis, hop = self.codec.analysis, self.codec.hop
-        samples = torch.cat([self.kept, samples], -1) if len(self.kept) else F.pad(samples, (analysis.before, 0))
+        if self.kept is None:
+            samples = F.pad(samples, (analysis.before, 0))
+        else:
+            samples = torch.cat([self.kept, samples], -1)
         if last:
             whole = -(samples.shape[-1] - analysis.before) % hop
             samples = F.pad(samples, (0, whole + analysis.after))

@@ -38,7 +38,12 @@ class Windowed(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, n] -> [B, out, n], with zeros around."""
-        return self.valid(F.pad(x, (self.before, self.after)))
+        return self.run(F.pad(x, (self.before, self.after)))
+
+    def run(self, x: Tensor) -> Tensor:
+        """As ``valid``; of fewer inputs than a window no outputs."""
+        context = self.before + self.after
+        return self.valid(x) if x.shape[-1] > context else x.new_zeros(len(x), self.out, 0)
 
 
 class FrameConv(Windowed):
@@ -94,9 +99,8 @@ class Stream:
             x = F.pad(x, (layer.before, 0)) if kept is None else torch.cat([kept, x], -1)
             if last:
                 x = F.pad(x, (0, layer.after))
-            context = layer.before + layer.after
-            self.kept[i] = x[..., max(0, x.shape[-1] - context) :]
-            x = layer.valid(x) if x.shape[-1] > context else x.new_zeros(len(x), layer.out, 0)
+            self.kept[i] = x[..., max(0, x.shape[-1] - layer.before - layer.after) :]
+            x = layer.run(x)
         return x
 
 
