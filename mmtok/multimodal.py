@@ -38,7 +38,8 @@ def spec_of(name: str, tokenizer: Any, levels: int | None = None, headroom: int 
         tokenizer: any object with the tokenizer protocol.
         levels: of a residual image tokenizer or audio codec, use only the first so many codebooks.
         headroom: ids to reserve behind each of its blocks.
-        layout: of the codebooks in a sequence, see :func:`mmtok.layouts.parse`; empty for the default.
+        layout: of the codebooks in a sequence, see :func:`mmtok.layouts.parse`; empty for the tokenizer's own, where
+            it has one (SNAC, whose levels have rates of their own), else the default.
 
     Raises:
         VocabularyError: more levels than the tokenizer has.
@@ -46,6 +47,8 @@ def spec_of(name: str, tokenizer: Any, levels: int | None = None, headroom: int 
     sizes = tuple(tokenizer.codebook_sizes)
     if levels is not None and not 1 <= levels <= len(sizes):
         raise VocabularyError(f"{name}: got {levels} levels, expected 1 to {len(sizes)}")
+    if not layout and hasattr(tokenizer, "layout_of"):
+        layout = tokenizer.layout_of(levels or len(sizes))
     return TokenizerSpec(
         name, tokenizer.modality, sizes[:levels], tokenizer.fingerprint, headroom, dict(tokenizer.properties), layout
     )

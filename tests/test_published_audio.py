@@ -20,6 +20,7 @@ from mmtok import Audio, Document, MultimodalTokenizer, Text, VocabularyRegistry
 from mmtok.audio import published
 from mmtok.audio.published.mimi import PIECE
 from mmtok.errors import ConfigError, MediaError, VocabularyError
+from mmtok.evaluation.roundtrip import roundtrip_audio
 from mmtok.multimodal import spec_of
 
 NAMES = ("dac", "mimi", "snac", "xcodec")
@@ -237,9 +238,7 @@ def test_snac_in_a_sequence(codecs: dict) -> None:
     snac, words = codecs["snac"], mmtok.load("text-4k")
     assert snac.layout == "multi-rate:0,1,2,2,1,2,2"
     for levels in (1, 2, 3):
-        registry = VocabularyRegistry.create(
-            [spec_of("words", words), spec_of("snac", snac, levels, layout=snac.layout_of(levels))]
-        )
+        registry = VocabularyRegistry.create([spec_of("words", words), spec_of("snac", snac, levels)])
         mm = MultimodalTokenizer(registry, {"words": words, "snac": snac})
         document = Document((Text("a cow"), Audio(sound(131)[0].numpy(), snac.sample_rate)))
         ids = mm.encode(document)
@@ -251,6 +250,17 @@ def test_snac_in_a_sequence(codecs: dict) -> None:
         text, audio = mm.decode(ids).segments
         assert text == Text("a cow")
         assert torch.equal(torch.from_numpy(audio.samples), snac.decode(expected)[0])
+
+
+def test_roundtrip_counts_codes_of_several_rates(codecs: dict) -> None:
+    snac = codecs["snac"]
+    back, figures = roundtrip_audio(snac, Audio(sound(5000)[0].numpy(), snac.sample_rate))
+    codes = snac.encode(sound(5000))
+    assert back.samples.shape == (1, 5000)
+    assert figures["tokens"] == sum(c.numel() for c in codes)
+    assert figures["codebooks"] == 3
+    bits = sum(c.numel() * math.log2(n) for c, n in zip(codes, snac.codebook_sizes, strict=True))
+    assert figures["bits"] == pytest.approx(bits, abs=0.1)
 
 
 def test_codes_of_several_rates_that_do_not_fit(codecs: dict) -> None:

@@ -70,13 +70,15 @@ def roundtrip_audio(tokenizer: Any, segment: Audio, levels: int | None = None) -
     x = torch.from_numpy(np.ascontiguousarray(mono, np.float32))[None]
     codes = tokenizer.encode(x) if levels is None else tokenizer.encode(x, levels)
     y = tokenizer.decode(codes, x.shape[-1])
-    bits = _bits(codes.shape[-1], tokenizer.codebook_sizes[: codes.shape[-2]])
+    rows = codes[0] if isinstance(codes, torch.Tensor) else [level[0] for level in codes]  # levels of their own rates
+    bits = sum(len(row) * math.log2(size) for row, size in zip(rows, tokenizer.codebook_sizes, strict=False))
     score = float(stoi(x, y, rate)[0])
     figures = {
-        **bits,
+        "tokens": sum(map(len, rows)),
+        "bits": round(bits, 1),
         "seconds": round(x.shape[-1] / rate, 3),
-        "codebooks": codes.shape[-2],
-        "kilobits_per_second": round(bits["bits"] / (x.shape[-1] / rate) / 1000, 3),
+        "codebooks": len(rows),
+        "kilobits_per_second": round(bits / (x.shape[-1] / rate) / 1000, 3),
         "stoi": round(score, 4) if math.isfinite(score) else None,
         "log_mel_distance_db": round(float(log_mel_distance(x, y, rate)[0]), 2),
     }
