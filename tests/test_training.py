@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
+from mmtok import media
 from mmtok.errors import CheckpointError, ConfigError, DataError
 from mmtok.grammar import Grammar
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
@@ -234,6 +236,56 @@ def test_the_order_of_the_data_follows_from_seed_and_step():
     assert (a != rng(LoopConfig(seed=2), 5).random(3)).any()
     assert (a != rng(LoopConfig(seed=1), 6).random(3)).any()
     np.testing.assert_allclose(rng(LoopConfig(), 0).random(2), [0.8233, 0.0164], atol=1)
+
+
+def test_what_can_be_seen_and_heard_is_written(tmp_path):
+    """Pictures and sounds of an evaluation go to files and, where it is installed, to TensorBoard."""
+    config = CONFIG.replace(["steps=2", "eval_every=1"])
+    t = np.arange(800) / 8000
+    stereo = np.stack([0.5 * np.sin(800 * t), 0.25 * np.cos(500 * t)]).astype(np.float32)
+    picture = np.random.default_rng(0).integers(0, 256, (3, 8, 12), np.uint8)
+    model = Noisy()
+
+    def loss(step):
+        return model(torch.ones(1, 3, 6, 6)).square().mean(), {}
+
+    def evaluate(step):
+        return {"val": step}, {"": picture, "low": picture // 2}, {"0": (step / 4 * stereo, 8000)}
+
+    fit(model, config, tmp_path, loss, evaluate, "test", {})
+    names = [f"{step:06}{rest}" for step in (1, 2) for rest in ("-0.wav", "-low.png", ".png")]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == names
+    assert (media.read_image(tmp_path / "samples" / "000002-low.png") == picture // 2).all()
+    samples, rate = soundfile.read(tmp_path / "samples" / "000002-0.wav")
+    assert rate == 8000
+    np.testing.assert_allclose(samples.T, stereo / 2, atol=1 / 32768)
+
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert (sorted(tags["audio"]), sorted(tags["images"])) == (["0"], ["low", "samples"])
+    assert {"val", "lr"} <= set(tags["scalars"])
+    heard, rate = soundfile.read(io.BytesIO(events.Audio("0")[-1].encoded_audio_string))
+    assert (rate, [x.step for x in events.Audio("0")]) == (8000, [1, 2])
+    np.testing.assert_allclose(heard, stereo.mean(0) / 2, atol=1 / 16384)
+
+
+def test_gradients_that_an_earlier_stage_left_do_not_count(tmp_path):
+    """Parts that are frozen between two stages keep their last gradients: these must not shrink those of the others."""
+    torch.manual_seed(0)
+    model = Noisy()
+    model.conv.requires_grad_(False)
+    model.conv.weight.grad = torch.full_like(model.conv.weight, 1e9)
+
+    def loss(step):
+        return model(torch.ones(1, 3, 6, 6)).square().mean(), {}
+
+    fit(model, CONFIG.replace(["steps=1"]), tmp_path, loss, lambda step: {}, "test", {})
+    assert model.conv.weight.grad is None
+    assert float(model.head.weight.grad.norm()) > 1e-3
 
 
 # --- corpora

@@ -195,7 +195,7 @@ def fit(
                 raise DataError(
                     f"step {step}: the loss is {value.item()}; lower lr ({config.lr}) or look for NaN in the data"
                 )
-            optimizer.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=True)  # of frozen parts too: an earlier stage may have left theirs
             value.backward()
             distributed.average_gradients(model)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
