@@ -110,7 +110,16 @@ class Quantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def align(self, z: Tensor) -> None:
-        """Let the projections keep what varies most in vectors float [n, dim]: their principal components."""
+        """Let the projections keep what varies most in vectors float [n, dim]: their principal components.
+
+        Raises:
+            ConfigError: the codebook has more channels than the vectors.
+        """
+        if self.project_in.out_features > self.project_in.in_features:
+            raise ConfigError(
+                f"got {self.project_in.out_features} channels in the codebook and {self.project_in.in_features} in the "
+                "vectors, expected at most as many"
+            )
         z = z.double()
         mean = z.mean(0)
         _, basis = torch.linalg.eigh((z - mean).T @ (z - mean))

@@ -309,3 +309,51 @@ def test_the_step_is_that_of_the_library(cosine):
 
 def test_training_is_a_function_of_seed_and_data():
     assert same(snapshot(trained(2)), snapshot(trained(2)))
+
+
+# --- projections that start at principal components
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_aligned_projections_keep_vectors_of_their_rank(kind):
+    quantizer = made(kind, steps=0)
+    rank = quantizer.project_in.out_features
+    g = torch.Generator().manual_seed(1)
+    spread = torch.linalg.qr(torch.randn(DIM, rank, generator=g))[0].T * torch.arange(rank, 0, -1)[:, None]
+    mean = torch.arange(DIM) / 3
+    z = torch.randn(500, rank, generator=g) @ spread + mean
+    quantizer.align(z)
+    inside = quantizer.project_in(z)
+    torch.testing.assert_close(quantizer.project_out(inside), z, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inside.mean(0), torch.zeros(rank), rtol=0, atol=1e-4)
+    torch.testing.assert_close(quantizer.project_out(torch.zeros(rank)), z.mean(0), rtol=1e-4, atol=1e-4)
+    covariance = inside.T @ inside / len(z)
+    assert (covariance.diag().diff() < 0).all(), "the first channel varies most"
+    torch.testing.assert_close(covariance, covariance.diag().diag(), rtol=0, atol=1e-3)
+
+
+def test_aligned_projections_lose_what_varies_least():
+    quantizer = made("vq", steps=0)
+    z = vectors(0).flatten(0, 1) * torch.linspace(1, 2, DIM) + 5
+    quantizer.align(z)
+    lost = (quantizer.project_out(quantizer.project_in(z)) - z).square().sum(1).mean()
+    variances = torch.linalg.eigvalsh((z - z.mean(0)).T @ (z - z.mean(0)) / len(z))
+    torch.testing.assert_close(lost, variances[: DIM - 6].sum(), rtol=1e-3, atol=0)
+
+
+def test_fewer_channels_than_the_codebook_cannot_be_aligned():
+    with pytest.raises(ConfigError, match="got 6 channels in the codebook and 4 in the vectors"):
+        build_quantizer("vq", 4, 6, 16).align(torch.randn(50, 4))
+
+
+def test_levels_that_start_from_aligned_vectors_leave_less_and_less():
+    quantizer = made("vq", 3, steps=0).eval()
+    z = vectors(0, 16)
+    quantizer.align(z.flatten(0, 1))
+    quantizer.initialise(z.flatten(0, 1))
+    left = [
+        (quantizer.decode(quantizer.encode(z, n)) - quantizer.project_out(quantizer.project_in(z))).square().mean()
+        for n in (1, 2, 3)
+    ]
+    assert left[0] > 1.5 * left[1] > 1.5**2 * left[2]
+    assert all(book.started for book in quantizer.books)
