@@ -119,9 +119,9 @@ def main() -> None:
         pictures: Pictures = {}
         sounds: Sounds = {}
         for i, (x, y) in enumerate(list(zip(val, rebuilt, strict=True))[:4]):
-            both = [z[0, : x.shape[-1]].cpu().float().numpy() for z in (x, y)]
+            both = [z[:, : x.shape[-1]].cpu().float().numpy() for z in (x, y)]
             pictures[f"{i}"] = np.concatenate([spectrogram(z, shape.sample_rate) for z in both], axis=1)
-            sounds |= {f"{i}{k}": (z[None], shape.sample_rate) for k, z in zip(("-original", ""), both, strict=True)}
+            sounds |= {f"{i}{k}": (z, shape.sample_rate) for k, z in zip(("-original", ""), both, strict=True)}
         return pictures, sounds
 
     codec = SpectralCodec(shape, vectors_per_batch=second.batch_size * crop).to(device)

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -23,6 +24,7 @@ import mmtok
 from mmtok import media
 from mmtok.audio import SpectralCodec
 from mmtok.errors import ConfigError, DataError, VocabularyError
+from mmtok.evaluation.metrics import has_pesq
 from mmtok.image import ImageVQVAE
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.quantizers import build_quantizer
@@ -30,15 +32,17 @@ from mmtok.registry import TokenizerSpec, VocabularyRegistry
 from mmtok.text import ByteLevelBPE
 from mmtok.training.corpus import split_of
 from mmtok.training.inherit import inherit
+from mmtok.training.loop import LoopConfig
 from mmtok.transformer import Transformer, TransformerConfig
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 RATE = 8000
 SCHEDULE = ["steps=3", "batch_size=2", "warmup=1", "eval_every=3", "save_every=2"]
+BOTH_STAGES = ["--set", *SCHEDULE, "--then", "steps=3"]
 IMAGE = ["channels=8", "encoder_blocks=1", "decoder_blocks=1", "codebook_size=16", "codebook_dim=4", "downsample=16"]
 AUDIO = [
-    f"sample_rate={RATE}", "hop=400", "window=512", "mels=20", "dim=8", "encoder_blocks=1", "decoder_blocks=1",
-    "levels=4", "codebook_size=8", "codebook_dim=4",
+    f"sample_rate={RATE}", "hop=400", "window=512", "mels=20", "short_mels=8", "dim=8", "encoder_blocks=1",
+    "decoder_blocks=1", "levels=4", "codebook_size=8", "codebook_dim=4",
 ]  # fmt: skip
 MODEL = [
     "hidden_size=16", "intermediate_size=16", "num_hidden_layers=1", "num_attention_heads=2", "num_key_value_heads=1",
@@ -55,8 +59,11 @@ def recipe(name: str) -> ModuleType:
     return module
 
 
-def run(name: str, *args: object, die_at: int | None = None) -> ModuleType:
-    """Run a recipe as the command line does; with ``die_at`` it is interrupted when that step draws its batch."""
+def run(name: str, *args: object, die_at: int | Callable[[LoopConfig, int], bool] | None = None) -> ModuleType:
+    """Run a recipe as the command line does; with ``die_at`` it is interrupted when that step draws its batch.
+
+    ``die_at`` may also be told the schedule and the step, where there are several schedules.
+    """
     module = recipe(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
@@ -66,7 +73,7 @@ def run(name: str, *args: object, die_at: int | None = None) -> ModuleType:
         rng = module.rng
 
         def dying(config, step, *example):
-            if step == die_at:
+            if die_at(config, step) if callable(die_at) else step == die_at:
                 raise KeyboardInterrupt
             return rng(config, step, *example)
 
@@ -77,6 +84,12 @@ def run(name: str, *args: object, die_at: int | None = None) -> ModuleType:
 
 
 def same_run(a: Path, b: Path) -> None:
+    same_stage(a, b)
+    for name in ("config.json", "model.safetensors", "mmtok.json"):
+        assert (a / "model" / name).read_bytes() == (b / "model" / name).read_bytes()
+
+
+def same_stage(a: Path, b: Path) -> None:
     one, two = load_file(a / "state.safetensors"), load_file(b / "state.safetensors")
     assert one.keys() == two.keys()
     assert not [k for k in one if not torch.equal(one[k], two[k])]
@@ -85,8 +98,6 @@ def same_run(a: Path, b: Path) -> None:
         del line["steps_per_s"]
     assert logs[0] == logs[1]
     assert logs[0][-1]["step"] == 3
-    for name in ("config.json", "model.safetensors", "mmtok.json"):
-        assert (a / "model" / name).read_bytes() == (b / "model" / name).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -134,8 +145,13 @@ def made(corpus, tmp_path_factory) -> dict[str, Path]:
     runs = {m: out / m for m in ("text", "image", "audio")}
     run("text", "--data", corpus, "--out", runs["text"], "--vocab-size", 280)
     run("image", "--data", corpus, "--out", runs["image"], "--set", *SCHEDULE, "--model", *IMAGE)
-    run("audio", "--data", corpus / "all.jsonl", "--out", runs["audio"], "--set", *SCHEDULE, "--model", *AUDIO)
+    run("audio", *audio_arguments(corpus, runs["audio"]))
     return runs
+
+
+def audio_arguments(corpus: Path, out: Path, *more: str) -> list[object]:
+    """Three steps of each stage; ``more`` follows the model's shape."""
+    return ["--data", corpus / "all.jsonl", "--out", out, *BOTH_STAGES, "--model", *AUDIO, *more]
 
 
 def test_text(made, corpus, tmp_path):
@@ -226,18 +242,24 @@ def one_thread() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def test_two_ranks_train_what_one_does(corpus, tmp_path):
+FSQ = ["quantizer=fsq", "fsq_levels=[4,4]", "codebook_size=16", "levels=1"]
+
+
+@pytest.mark.parametrize(
+    ("modality", "more"), [("image", [*IMAGE, *FSQ]), ("audio", [*AUDIO, *FSQ, "--then", "steps=4"])]
+)
+def test_two_ranks_train_what_one_does(modality, more, corpus, tmp_path):
     """torchrun for real: the same batches in two shares give the same gradients and counts, up to rounding.
 
     With fsq, because codebooks are started from the vectors of the first rank alone.
     """
     schedule = ["steps=4", "batch_size=4", "warmup=1", "eval_every=4", "save_every=2", "bf16=false", "ema=0.9"]
-    settings = ["--data", str(corpus), "--set", *schedule, "--model", *IMAGE, "quantizer=fsq", "fsq_levels=[4,4]"]
+    settings = ["--data", str(corpus), "--set", *schedule, "--model", *more]
     for name, launcher in (
         ("one", []),
         ("two", ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]),
     ):
-        command = [sys.executable, *launcher, RECIPES / "image.py", *settings, "--out", tmp_path / name]
+        command = [sys.executable, *launcher, RECIPES / f"{modality}.py", *settings, "--out", tmp_path / name]
         done = subprocess.run(command, capture_output=True, text=True, env=one_thread(), timeout=300)
         assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / n / "state.safetensors") for n in ("one", "two"))
@@ -318,17 +340,98 @@ def test_sweep(corpus, tmp_path):
             build_quantizer(values["quantizer"], 8, 8, int(values["codebook_size"]), levels, fsq)
 
 
-def test_audio(made, corpus, tmp_path):
+# --- audio
+
+
+def first_stage(step: int) -> Callable[[LoopConfig, int], bool]:
+    return lambda config, now: config.lr == 2e-3 and now == step
+
+
+def second_stage(step: int) -> Callable[[LoopConfig, int], bool]:
+    return lambda config, now: config.lr == 5e-4 and now == step
+
+
+def test_audio(made, corpus):
     model = mmtok.load(made["audio"] / "model")
     assert isinstance(model, SpectralCodec)
     assert model.encode(torch.zeros(1, 1, RATE)).shape == (1, 4, 20)
+    (line,) = [json.loads(x) for x in (made["audio"] / "bare" / "metrics.jsonl").read_text().splitlines()]
+    assert {"val_stoi", "val_loss", "loss"} <= line.keys()
     (line,) = [json.loads(x) for x in (made["audio"] / "metrics.jsonl").read_text().splitlines()]
-    assert {"val_stoi_4", "val_loss_2", "val_usage_first"} <= line.keys()
-    assert sorted(p.name for p in (made["audio"] / "samples").iterdir())[:2] == ["000003-2-0.wav", "000003-2-1.wav"]
-    arguments = ("--data", corpus / "all.jsonl", "--out", tmp_path / "again", "--set", *SCHEDULE, "--model", *AUDIO)
-    run("audio", *arguments, die_at=2)
+    assert {"val_stoi_1", "val_loss_3", "val_stoi_4", "val_usage", "val_usage_3", "val_perplexity_2"} <= line.keys()
+    assert has_pesq() == ("val_pesq_4" in line)
+    for stage in (made["audio"], made["audio"] / "bare"):
+        names = [f"000003-{i}{rest}" for i in (0, 1) for rest in ("-original.wav", ".png", ".wav")]
+        assert sorted(p.name for p in (stage / "samples").iterdir()) == names
+        original, rate = soundfile.read(stage / "samples" / "000003-0-original.wav")
+        assert rate == RATE
+        assert len(original) in (int(RATE * 0.6), RATE // 4)
+        assert np.abs(original).max() > 0.1
+        picture = media.read_image(stage / "samples" / "000003-0.png")
+        columns = picture[:, : picture.shape[1] // 2].reshape(-1, picture.shape[2])
+        assert (columns.std(0) > 10).mean() > 0.5, "a tone over the whole width"
+
+
+def test_audio_settles_the_encoder_between_the_stages(made):
+    """In the second stage encoder, projection to the codebooks and codebooks stay; decoder and projection out learn."""
+    bare, last = (load_file(made["audio"] / x / "state.safetensors") for x in ("bare", "."))
+    codec = {k[12:]: v for k, v in last.items() if k.startswith("model.codec.")}
+    assert len(codec) > 20
+    before = {k[8:]: v for k, v in bare.items() if k.startswith("average.")}  # what the second stage began with
+    for name, value in codec.items():
+        if name.startswith("encoder"):
+            assert torch.equal(value, before[name]), name
+        elif name.startswith(("decoder", "synthesis")):
+            assert not torch.equal(value, before[name]), name
+    weight = codec["quantizer.project_in.weight"]
+    torch.testing.assert_close(weight @ weight.T, torch.eye(4), rtol=0, atol=1e-5)
+    moved = codec["quantizer.project_out.weight"]
+    assert not torch.equal(moved, weight.T)
+    torch.testing.assert_close(moved, weight.T, rtol=0, atol=0.05)
+
+
+def test_interrupted_audio_run_ends_as_the_uninterrupted(made, corpus, tmp_path):
+    """In the first stage, between the stages where the codebooks start, and in the second."""
+    arguments = audio_arguments(corpus, tmp_path / "again")
+    for die_at in (first_stage(2), first_stage(3), first_stage(4), second_stage(0), second_stage(2)):
+        run("audio", *arguments, die_at=die_at)
+        assert not (tmp_path / "again" / "model").exists()
     run("audio", *arguments)
+    same_stage(made["audio"] / "bare", tmp_path / "again" / "bare")
     same_run(made["audio"], tmp_path / "again")
+
+
+CRITICS = ["critic=0.1", "feature=0.2", "critic_start=2", "critic_warmup=1", "stft=0.5", "critic_rows=1"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "more"),
+    [
+        ([], ["--critic-width", "2", "--loss", *CRITICS, "--joint"]),
+        (["causal=true"], ["--critic-width", "2", "--loss", *CRITICS]),
+        (FSQ, []),
+    ],
+    ids=["joint", "causal", "fsq"],
+)
+def test_audio_with_critics_and_other_quantizers_is_resumed_exactly(corpus, tmp_path, shape, more):
+    for name, deaths in (("a", []), ("b", [first_stage(2), second_stage(2)])):
+        arguments = audio_arguments(corpus, tmp_path / name, *shape, *more)
+        for die_at in deaths:
+            run("audio", *arguments, die_at=die_at)
+        run("audio", *arguments)
+    same_stage(tmp_path / "a" / "bare", tmp_path / "b" / "bare")
+    same_run(tmp_path / "a", tmp_path / "b")
+    state = load_file(tmp_path / "a" / "state.safetensors")
+    bare = load_file(tmp_path / "a" / "bare" / "state.safetensors")
+    assert bool(more) == bool([k for k in state if k.startswith("average.critics.")])
+    (line,) = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert bool(more) == ("fooled" in line)
+    joint = "--joint" in more or bool(shape == FSQ)
+    moved = not torch.equal(state["model.codec.encoder.0.conv.weight"], bare["average.encoder.0.conv.weight"])
+    assert moved == joint
+    model = mmtok.load(tmp_path / "a" / "model")
+    assert model.codebook_sizes == ((16,) if shape == FSQ else (8,) * 4)
+    assert model.config.causal == (shape == ["causal=true"])
 
 
 def test_audio_from_a_folder_of_short_sounds(corpus, tmp_path):
@@ -338,11 +441,29 @@ def test_audio_from_a_folder_of_short_sounds(corpus, tmp_path):
     for wav in corpus.rglob("*.wav"):
         if ".joe" not in wav.name:
             (short / wav.relative_to(corpus)).write_bytes(wav.read_bytes())
-    run("audio", "--data", short, "--out", tmp_path / "run", "--set", *SCHEDULE, "steps=1", "--model", *AUDIO)
-    text = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert "NaN" not in text
-    assert "val_stoi_4" not in json.loads(text)
+    arguments = ("--set", *SCHEDULE, "steps=1", "--then", "steps=1", "--model", *AUDIO)
+    run("audio", "--data", short, "--out", tmp_path / "run", *arguments)
+    for stage, key in (("bare", "val_stoi"), (".", "val_stoi_4")):
+        text = (tmp_path / "run" / stage / "metrics.jsonl").read_text()
+        assert "NaN" not in text
+        assert key not in json.loads(text)
     mmtok.load(tmp_path / "run" / "model")
+
+
+def test_audio_of_another_loss_or_first_stage_is_no_continuation(made, corpus, tmp_path):
+    for stage in ("bare", "."):
+        (tmp_path / stage).mkdir(exist_ok=True)
+        (tmp_path / stage / "state.safetensors").write_bytes((made["audio"] / stage / "state.safetensors").read_bytes())
+    arguments = audio_arguments(corpus, tmp_path)
+    for change, words in (
+        (["--loss", "mel=2"], r"bare.*other settings \(mel: 1.0 there, 2.0 here\)"),
+        (["--loss", "commitment=1"], r"other settings \(loss.commitment: 0.2 there, 1.0 here\)"),
+        (["--joint"], r"other settings \(settled: True there, False here\)"),
+        (["--then", "steps=3", "lr=1e-4"], r"another schedule \(lr: 0.0005 there, 0.0001 here\)"),
+        (["--set", *SCHEDULE, "steps=4"], r"other settings \(first_steps: 3 there, 4 here\)"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            run("audio", *arguments, *change)
 
 
 def any_to_any(made, corpus, out, manifest="all.jsonl", more=(), **kwargs):
@@ -464,14 +585,6 @@ def test_variants_are_pictures_of_one_size():
     assert all(x.shape == pixels.shape and x.dtype == np.uint8 for x in made)
     assert (made[0] == pixels).all()
     assert (made[1][:, :, ::-1] == pixels).all()
-
-
-def test_spectral_loss():
-    module = recipe("audio")
-    loss = module.SpectralLoss(RATE)
-    x = torch.randn(2, 4000, generator=torch.Generator().manual_seed(0)) * 0.1
-    assert loss(x, x).item() == 0
-    assert 0 < loss(0.9 * x, x) < loss(0.5 * x, x) < loss(torch.zeros_like(x), x)
 
 
 def test_image_of_another_loss_or_data_is_no_continuation(made, corpus, tmp_path):
