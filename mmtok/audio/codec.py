@@ -272,10 +272,7 @@ class SpectralEncoder(StreamEncoder):
     def advance(self, samples: Tensor, last: bool) -> Tensor:
         """As ``StreamEncoder.advance``."""
         analysis, hop = self.codec.analysis, self.codec.hop
-        if self.kept is None:
-            samples = F.pad(samples, (analysis.before, 0))
-        else:
-            samples = torch.cat([self.kept, samples], -1)
+        samples = F.pad(samples, (analysis.before, 0)) if self.kept is None else torch.cat([self.kept, samples], -1)
         if last:
             whole = -(samples.shape[-1] - analysis.before) % hop
             samples = F.pad(samples, (0, whole + analysis.after))
