@@ -20,14 +20,13 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import re
 from collections import Counter
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
-from pocketsphinx import Decoder
+from recognition import Listener, words_of
 from rich.progress import track
 from torchaudio.transforms import MelSpectrogram
 
@@ -114,28 +113,14 @@ class Recogniser:
     """pocketsphinx with a closed list of names: a judge of speech that no one here has trained."""
 
     def __init__(self, concepts: list[Concept]) -> None:
-        self.decoder = Decoder(samprate=RATE, loglevel="FATAL", lm=None)
-        self.known = [c for c in concepts if self.words(c) and all(map(self.decoder.lookup_word, self.words(c)))]
-        self.names = sorted({" ".join(self.words(c)) for c in self.known})
-        self.decoder.add_jsgf_string("names", f"#JSGF V1.0; grammar n; public <n> = {' | '.join(self.names)} ;")
-        self.decoder.activate_search("names")
-
-    @staticmethod
-    def words(concept: Concept) -> list[str]:
-        return re.sub(r"[^a-z' ]", " ", concept.name.lower()).split()
-
-    def understands(self, concept: Concept, samples: np.ndarray) -> bool:
-        """Whether a recording, float32 [1, T], is heard as the concept's name."""
-        sound = np.pad(samples[0], RATE // 4)
-        pcm = (sound * 28_000 / max(1e-6, float(np.abs(sound).max()))).astype(np.int16)
-        self.decoder.start_utt()
-        self.decoder.process_raw(pcm.tobytes(), full_utt=True)
-        self.decoder.end_utt()
-        heard = self.decoder.hyp()
-        return heard is not None and heard.hypstr == " ".join(self.words(concept))
+        self.listener = Listener({words_of(c.name) for c in concepts})
+        self.names = self.listener.parts[0]
+        self.known = [c for c in concepts if words_of(c.name) in self.names]
 
     def score(self, concepts: list[Concept], recordings: list[np.ndarray]) -> float:
-        return round(float(np.mean([self.understands(c, r) for c, r in zip(concepts, recordings, strict=True)])), 3)
+        """Share of recordings, float32 [1, T] each, that are heard as their concept's name."""
+        right = [self.listener.hears(r[0]) == words_of(c.name) for c, r in zip(concepts, recordings, strict=True)]
+        return round(float(np.mean(right)), 3)
 
 
 class Answers:
