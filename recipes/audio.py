@@ -7,9 +7,8 @@
     torchrun --standalone --nproc-per-node 2 recipes/audio.py --data my/recordings --out runs/two
 
 Two stages. First encoder and decoder learn without a quantizer: with one from the start the encoder learns to say
-little. Then the codebooks start at k-means of what the encoder says, and the decoder learns what they leave of it, with
-a random number of levels, so that every prefix of the codes decodes; from some step on against critics. In the second
-stage the codes stay what they are, unless --joint, or another quantizer than vq, lets encoder and codebooks go on.
+little. Then the codebooks start at k-means of what the encoder says, and all three learn on, with another number of
+levels at each step, so that every prefix of the codes decodes; from some step on against critics.
 
 --data is a manifest or a folder. A killed run continues where it was when the same command is given again.
 """
@@ -27,7 +26,6 @@ from torch import Tensor, nn
 from mmtok.audio import SpectralCodec, SpectralCodecConfig
 from mmtok.evaluation.metrics import has_pesq, pesq_wb, stoi
 from mmtok.evaluation.plots import spectrogram
-from mmtok.quantizers import VectorQuantizer
 from mmtok.training.corpus import digest_of, items
 from mmtok.training.data import load_audio
 from mmtok.training.distributed import rank, share
@@ -55,15 +53,15 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", default=[], metavar="key=value", help="override the model's shape")
     parser.add_argument("--loss", nargs="*", default=[], metavar="key=value", help="override the weights of the loss")
     parser.add_argument("--critic-width", type=int, default=16, help="channels of the critics")
-    parser.add_argument("--joint", action="store_true", help="encoder and codebooks learn in the second stage too")
     args = parser.parse_args()
     first = LoopConfig(
-        steps=14000, batch_size=16, lr=2e-3, warmup=200, ema=0.999, eval_every=1000, save_every=500
+        steps=10500, batch_size=16, lr=2e-3, warmup=200, ema=0.999, eval_every=1000, save_every=500
     ).replace(args.set)
-    second = first.replace(["steps=6000", "lr=5e-4", *args.then])
+    second = first.replace(["steps=6500", "lr=7e-4", "eval_every=500", *args.then])
     shape = SpectralCodecConfig(dim=256, levels=12, codebook_dim=64).replace(args.model)
     weights = SoundLoss().replace(args.loss)
-    device = prepare_torch(first)
+    for config in (first, second):
+        device = prepare_torch(config)
 
     # Data: all recordings end to end in memory, sampled by kind.
     cache = args.out.parent / "cache"
@@ -126,7 +124,6 @@ def main() -> None:
 
     codec = SpectralCodec(shape, vectors_per_batch=second.batch_size * crop).to(device)
     distance = SpectralDistance(shape.sample_rate, weights).to(device)
-    settled = isinstance(codec.quantizer, VectorQuantizer) and not args.joint
     settings = {"model": shape, "data": digest_of(x.document for x in train)}
 
     # First stage: no quantizer.
@@ -159,23 +156,13 @@ def main() -> None:
     critics = SoundCritics(width=args.critic_width) if weights.critic or weights.feature else None
     usage = CodebookUsage(codec.codebook_sizes)
     model = nn.ModuleDict({"codec": codec, "usage": usage, **({"critics": critics} if critics else {})}).to(device)
-    if settled:
-        for part in (codec.encoder, codec.encoder_norm, codec.quantizer.project_in):
-            part.requires_grad_(False)
 
     def loss(step: int) -> tuple[Tensor, Metrics]:
         x, r = batch(second, step, share(second.batch_size)), rng(second, step)
         marked = r.random() < MARKED
         levels = round(shape.levels * MARKS[r.integers(len(MARKS))]) if marked else int(r.integers(shape.levels) + 1)
         levels = max(1, levels)
-        own = x.new_zeros(())
-        if settled:
-            with torch.no_grad():
-                codes = codec.quantizer.encode(codec.latent(x), levels)
-            q = codec.quantizer.decode(codes)
-        else:
-            q, codes, own = codec.quantizer(codec.latent(x), levels)
-        y = codec.sound(q)
+        y, codes, own = codec(x, levels)
         error = distance(y, x)
         total = error + weights.commitment * own
         live = {"loss": error.item(), "levels": float(levels)}
@@ -205,7 +192,7 @@ def main() -> None:
         distance.train()
         return figures, *show(rebuilt)
 
-    settings |= {"loss": weights, "settled": settled, "first_steps": first.steps}
+    settings |= {"loss": weights, "first_steps": first.steps}
     fit(model, second, args.out, loss, evaluate, "audio codec", settings)
     if rank() == 0:
         codec.save(args.out / "model")

@@ -348,7 +348,7 @@ def first_stage(step: int) -> Callable[[LoopConfig, int], bool]:
 
 
 def second_stage(step: int) -> Callable[[LoopConfig, int], bool]:
-    return lambda config, now: config.lr == 5e-4 and now == step
+    return lambda config, now: config.lr == 7e-4 and now == step
 
 
 def test_audio(made, corpus):
@@ -372,22 +372,18 @@ def test_audio(made, corpus):
         assert (columns.std(0) > 10).mean() > 0.5, "a tone over the whole width"
 
 
-def test_audio_settles_the_encoder_between_the_stages(made):
-    """In the second stage encoder, projection to the codebooks and codebooks stay; decoder and projection out learn."""
+def test_audio_starts_its_codebooks_between_the_stages(made):
+    """The second stage goes on from the first's averaged weights, with codebooks in their principal components."""
     bare, last = (load_file(made["audio"] / x / "state.safetensors") for x in ("bare", "."))
     codec = {k[12:]: v for k, v in last.items() if k.startswith("model.codec.")}
     assert len(codec) > 20
-    before = {k[8:]: v for k, v in bare.items() if k.startswith("average.")}  # what the second stage began with
+    before = {k[8:]: v for k, v in bare.items() if k.startswith("average.")}
     for name, value in codec.items():
-        if name.startswith("encoder"):
-            assert torch.equal(value, before[name]), name
-        elif name.startswith(("decoder", "synthesis")):
+        if name.startswith(("encoder", "decoder", "synthesis")):
             assert not torch.equal(value, before[name]), name
+            torch.testing.assert_close(value, before[name], rtol=0, atol=0.05)
     weight = codec["quantizer.project_in.weight"]
-    torch.testing.assert_close(weight @ weight.T, torch.eye(4), rtol=0, atol=1e-5)
-    moved = codec["quantizer.project_out.weight"]
-    assert not torch.equal(moved, weight.T)
-    torch.testing.assert_close(moved, weight.T, rtol=0, atol=0.05)
+    torch.testing.assert_close(weight @ weight.T, torch.eye(4), rtol=0, atol=0.05)
 
 
 def test_interrupted_audio_run_ends_as_the_uninterrupted(made, corpus, tmp_path):
@@ -407,11 +403,10 @@ CRITICS = ["critic=0.1", "feature=0.2", "critic_start=2", "critic_warmup=1", "st
 @pytest.mark.parametrize(
     ("shape", "more"),
     [
-        ([], ["--critic-width", "2", "--loss", *CRITICS, "--joint"]),
         (["causal=true"], ["--critic-width", "2", "--loss", *CRITICS]),
         (FSQ, []),
     ],
-    ids=["joint", "causal", "fsq"],
+    ids=["causal", "fsq"],
 )
 def test_audio_with_critics_and_other_quantizers_is_resumed_exactly(corpus, tmp_path, shape, more):
     for name, deaths in (("a", []), ("b", [first_stage(2), second_stage(2)])):
@@ -422,13 +417,9 @@ def test_audio_with_critics_and_other_quantizers_is_resumed_exactly(corpus, tmp_
     same_stage(tmp_path / "a" / "bare", tmp_path / "b" / "bare")
     same_run(tmp_path / "a", tmp_path / "b")
     state = load_file(tmp_path / "a" / "state.safetensors")
-    bare = load_file(tmp_path / "a" / "bare" / "state.safetensors")
     assert bool(more) == bool([k for k in state if k.startswith("average.critics.")])
     (line,) = [json.loads(x) for x in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert bool(more) == ("fooled" in line)
-    joint = "--joint" in more or bool(shape == FSQ)
-    moved = not torch.equal(state["model.codec.encoder.0.conv.weight"], bare["average.encoder.0.conv.weight"])
-    assert moved == joint
     model = mmtok.load(tmp_path / "a" / "model")
     assert model.codebook_sizes == ((16,) if shape == FSQ else (8,) * 4)
     assert model.config.causal == (shape == ["causal=true"])
@@ -458,8 +449,7 @@ def test_audio_of_another_loss_or_first_stage_is_no_continuation(made, corpus, t
     for change, words in (
         (["--loss", "mel=2"], r"bare.*other settings \(mel: 1.0 there, 2.0 here\)"),
         (["--loss", "commitment=1"], r"other settings \(loss.commitment: 0.2 there, 1.0 here\)"),
-        (["--joint"], r"other settings \(settled: True there, False here\)"),
-        (["--then", "steps=3", "lr=1e-4"], r"another schedule \(lr: 0.0005 there, 0.0001 here\)"),
+        (["--then", "steps=3", "lr=1e-4"], r"another schedule \(lr: 0.0007 there, 0.0001 here\)"),
         (["--set", *SCHEDULE, "steps=4"], r"other settings \(first_steps: 3 there, 4 here\)"),
     ):
         with pytest.raises(ConfigError, match=words):
