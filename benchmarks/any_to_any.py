@@ -113,9 +113,9 @@ class Recogniser:
     """pocketsphinx with a closed list of names: a judge of speech that no one here has trained."""
 
     def __init__(self, concepts: list[Concept]) -> None:
-        self.listener = Listener({words_of(c.name) for c in concepts})
-        self.names = self.listener.parts[0]
-        self.known = [c for c in concepts if words_of(c.name) in self.names]
+        self.listener = Listener.phrases({words_of(c.name) for c in concepts})
+        self.known = [c for c in concepts if self.listener.knows(words_of(c.name))]
+        self.names = {words_of(c.name) for c in self.known}
 
     def score(self, concepts: list[Concept], recordings: list[np.ndarray]) -> float:
         """Share of recordings, float32 [1, T] each, that are heard as their concept's name."""

@@ -1,6 +1,6 @@
 """Figures of the bundled audio tokenizers, beside Opus on the same sounds in the same run, and what is understood.
 
-    python -m pip install -e '.[benchmarks]' && python benchmarks/audio_quality.py --data data
+    python -m pip install -e '.[evaluation,benchmarks]' && python benchmarks/audio_quality.py --data data
 
 Up to 200 sounds of each kind: recorded speech in ten languages, synthetic English, natural sounds, music. Writes
 benchmarks/results/audio_quality.json from the test split, which no other script reads; with --split val it only prints.
@@ -65,7 +65,7 @@ def understood(tokenizer: AudioTokenizer, listener: Listener, utterances: Sequen
         "recordings": len(known),
         "words": sum(len(u.words.split()) for u in known),
         "seconds": round(sum(len(u.samples) for u in known) / RATE, 1),
-        "choices": [len(part) for part in listener.parts],
+        "grammar": listener.grammar,
         "original": {"words_right": round(words, 4), "utterances_right": round(whole, 4)},
         "levels": {},
     }
@@ -90,15 +90,15 @@ def speech(tokenizer: AudioTokenizer, data: Path, split: str, limit: int | None)
     )
     words, all_words = prompts["words"]
     names, all_names = recognition.names(data, split)
-    sets: dict[str, tuple[list[Utterance], Sequence[Sequence[str]]]] = {
-        "real sentences": (sentences, [all_sentences]),
-        "real words": (words, [all_words]),
-        "real names of stamps": (names, [all_names]),
-        "synthetic sentences": (recognition.invented(split, limit or SENTENCES), INVENTED),
+    sets: dict[str, tuple[list[Utterance], Listener]] = {
+        "real sentences": (sentences, Listener.word_pairs(all_sentences)),
+        "real words": (words, Listener.phrases(all_words)),
+        "real names of stamps": (names, Listener.phrases(all_names)),
+        "synthetic sentences": (recognition.invented(split, limit or SENTENCES), Listener.phrases(*INVENTED)),
     }
     return {
-        label: understood(tokenizer, Listener(*phrases), utterances[:limit], label)
-        for label, (utterances, phrases) in sets.items()
+        label: understood(tokenizer, listener, utterances[:limit], label)
+        for label, (utterances, listener) in sets.items()
         if utterances
     }
 

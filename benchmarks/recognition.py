@@ -1,6 +1,6 @@
 """Speech that a recogniser which no one here trained is asked to understand: pocketsphinx with its own English model.
 
-``Listener``     -- hears what of a closed set of phrases was said
+``Listener``     -- hears what of a closed set was said
 ``Utterance``    -- a recording and its words
 ``prompts``      -- real sentences and words of a telephone system, spoken by Allison Smith (Debian's asterisk sounds)
 ``readings``     -- real sentences that come with pocketsphinx: of an audio book, of cards and of commands
@@ -19,11 +19,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from pocketsphinx import Decoder
+from torchaudio.functional import edit_distance
 
 from mmtok import media
 from mmtok.training.corpus import bucket, read_manifest
@@ -50,26 +52,55 @@ class Utterance(NamedTuple):
 
 
 class Listener:
-    """Hears one of a closed set of phrases.
+    """Hears what of a closed set was said, see ``phrases`` and ``word_pairs``.
 
-    Args:
-        phrases: what may be said, or alternatives for each part of it, one after the other. Phrases with a word that
-            pocketsphinx does not know are left out.
+    Attributes:
+        grammar: what may be said, in words.
     """
 
-    def __init__(self, *phrases: Iterable[str]) -> None:
+    def __init__(self) -> None:
         self.decoder = Decoder(samprate=RATE, loglevel="FATAL", lm=None)
-        self.parts = [sorted({p for p in part if self.knows(p)}) for part in phrases]
-        body = " ".join(f"( {' | '.join(part)} )" for part in self.parts)
+        self.grammar = ""
+
+    @classmethod
+    def phrases(cls, *parts: Iterable[str]) -> Listener:
+        """Of one of some phrases; or of a phrase of each part, in order. Those with an unknown word are left out."""
+        self = cls()
+        known = [sorted({p for p in part if self.knows(p)}) for part in parts]
+        body = " ".join(f"( {' | '.join(part)} )" for part in known)
         self.decoder.add_jsgf_string("closed", f"#JSGF V1.0; grammar closed; public <closed> = {body} ;")
         self.decoder.activate_search("closed")
+        self.grammar = f"{' x '.join(str(len(part)) for part in known)} phrases"
+        return self
+
+    @classmethod
+    def word_pairs(cls, sentences: Iterable[str]) -> Listener:
+        """Of any words of which the first begins a sentence, the last ends one, and neighbours are neighbours in one.
+
+        Much more may be said than the sentences. Those with an unknown word are left out.
+        """
+        self = cls()
+        said = [s.split() for s in sentences if self.knows(s)]
+        number = {word: i for i, word in enumerate(sorted({word for s in said for word in s}))}
+        start, final = len(number), len(number) + 1
+        after = {word: sorted({b for s in said for a, b in pairwise(s) if a == word}) for word in number}
+        begin, end = sorted({s[0] for s in said}), {s[-1] for s in said}
+        arcs: list[tuple] = [(start, number[word], 1 / len(begin), word) for word in begin]
+        for word, others in after.items():
+            share = 1 / (len(others) + (word in end))
+            arcs += [(number[word], number[other], share, other) for other in others]
+            arcs += [(number[word], final, share)] if word in end else []
+        self.decoder.add_fsg("closed", self.decoder.create_fsg("closed", start, final, arcs))
+        self.decoder.activate_search("closed")
+        self.grammar = f"{len(number)} words, {sum(map(len, after.values()))} pairs of neighbours"
+        return self
 
     def knows(self, phrase: str) -> bool:
         """Whether pocketsphinx has every word of a phrase."""
         return bool(phrase) and all(map(self.decoder.lookup_word, phrase.split()))
 
     def hears(self, samples: np.ndarray) -> str:
-        """The words of a recording, float32 [T] at ``RATE``; empty where it fits no phrase."""
+        """The words of a recording, float32 [T] at ``RATE``; empty where it fits nothing that may be said."""
         sound = np.pad(samples, RATE // 4)
         pcm = (sound * 28_000 / max(1e-6, float(np.abs(sound).max()))).astype(np.int16)
         self.decoder.start_utt()
@@ -82,23 +113,13 @@ class Listener:
         """Shares of words and of utterances that are right, of recordings of what the utterances say."""
         heard = [self.hears(x).split() for x in recordings]
         said = [u.words.split() for u in utterances]
-        wrong = sum(map(edits, said, heard))
+        wrong = sum(map(edit_distance, said, heard))  # words put in, left out or exchanged
         return 1 - wrong / sum(map(len, said)), sum(a == b for a, b in zip(said, heard, strict=True)) / len(said)
 
 
 def words_of(text: str) -> str:
     """Lower case, letters and apostrophes only."""
     return " ".join(re.sub(r"[^a-z' ]", " ", text.lower()).split())
-
-
-def edits(a: Sequence[str], b: Sequence[str]) -> int:
-    """The least number of words that have to be put in, left out or exchanged to make one of the other."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        above, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
-    return row[-1]
 
 
 def fetch(corpora: Path) -> None:
