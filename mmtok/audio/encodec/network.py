@@ -14,6 +14,7 @@ is a reflection of what follows, which reaches so far in the last convolution.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -28,6 +29,9 @@ from mmtok.nearest import nearest
 HOP = 320
 # Frames that the first chunk of a causal network must have: the kernel of its convolution over frames.
 LEAD = 7
+# The encoder's first and the decoder's last so many layers have the most rows: a long sound goes through them
+# in pieces of so many frames, which stay in a processor's cache. The others have large weights: more rows are better.
+HIGH_RATE, CACHED = 10, 38
 
 # Of a convolution the rows before the next one, of the LSTM its state; empty before the sound begins.
 Memory: TypeAlias = dict[nn.Module, Any]
@@ -48,8 +52,11 @@ class Convolution(nn.Module):
         self.bias = _frozen(conv.bias)
         self.norm = norm if isinstance(norm, nn.GroupNorm) else None
 
-    def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
-        """[T, C] -> [ceil(T / stride), C']; without a memory x is a whole window and the padding is on both sides."""
+    def forward(self, x: Tensor, memory: Memory | None = None, activated: bool = False) -> Tensor:
+        """[T, C] -> [ceil(T / stride), C']; without a memory x is a whole window and the padding is on both sides.
+
+        ``activated``: of ELU of x, which is taken of the padded copy, in place; for kernels that need padding.
+        """
         padding, extra = self.kernel - self.stride, -len(x) % self.stride
         if memory is None:
             right = padding // 2
@@ -62,6 +69,7 @@ class Convolution(nn.Module):
                 x = torch.cat([before, x])
                 x = _reflect(x, 0, extra) if extra else x
             memory[self] = x[len(x) - padding :].clone()
+        x = F.elu_(x) if activated else x
         return _normed(_convolve(x, self.weight, self.bias, self.stride), self.norm)
 
 
@@ -105,7 +113,7 @@ class Residual(nn.Module):
         self.shortcut = Convolution(source.shortcut)
 
     def forward(self, x: Tensor, memory: Memory | None = None) -> Tensor:
-        y = self.second(F.elu_(self.first(F.elu(x), memory)), memory)
+        y = self.second(F.elu_(self.first(x, memory, activated=True)), memory)
         return y.add_(self.shortcut(x, memory))
 
 
@@ -149,17 +157,15 @@ class Network(nn.Module):
 
     def latents(self, samples: Tensor, memory: Memory | None = None) -> Tensor:
         """float32 [T, channels] -> [ceil(T / HOP), 128]; without a memory of a whole window (48 kHz)."""
-        x = samples
-        for layer in self.encoder:
-            x = layer(x, memory)
-        return x
+        pieces = [samples] if memory is None else samples.split(CACHED * HOP)
+        x = torch.cat([_run(self.encoder[:HIGH_RATE], piece, memory) for piece in pieces])
+        return _run(self.encoder[HIGH_RATE:], x, memory)
 
     def samples(self, latents: Tensor, memory: Memory | None = None) -> Tensor:
         """float32 [F, 128] -> [F * HOP, channels]."""
-        x = latents
-        for layer in self.decoder:
-            x = layer(x, memory)
-        return x
+        x = _run(self.decoder[:-HIGH_RATE], latents, memory)
+        pieces = [x] if memory is None else x.split(len(x) // len(latents) * CACHED)
+        return torch.cat([_run(self.decoder[-HIGH_RATE:], piece, memory) for piece in pieces])
 
     def quantize(self, latents: Tensor, levels: int) -> Tensor:
         """float32 [F, 128] -> int64 [levels, F]: the nearest entry, then that of what is left, and so on."""
@@ -175,6 +181,12 @@ class Network(nn.Module):
         for book, level in zip(self.books[1:], codes[1:], strict=False):
             total += book[level]
         return total
+
+
+def _run(layers: Iterable[nn.Module], x: Tensor, memory: Memory | None) -> Tensor:
+    for layer in layers:
+        x = layer(x, memory)
+    return x
 
 
 def _own(layer: nn.Module) -> nn.Module:
