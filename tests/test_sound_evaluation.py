@@ -237,7 +237,7 @@ def test_a_tokenizer_that_does_not_keep_its_codes(recordings: Recordings) -> Non
 def test_which_numbers_of_levels_are_measured() -> None:
     assert prefixes(Steps()) == [1]
     assert prefixes(Exact()) == [1, 2]
-    assert prefixes(Picky()) == [3, 6]
+    assert prefixes(Picky()) == [6]
     eight = Exact()
     eight.codebook_sizes = (4,) * 8  # type: ignore[misc]
     assert prefixes(eight) == [1, 2, 4, 8]

@@ -47,7 +47,7 @@ def measure(
     Returns:
         ``sample_rate``, ``hop``, ``channels``, ``codebook_sizes``; ``bandwidth``: nominal kb/s of all levels;
         ``tokens``.
-        ``prefixes``: for the first 1, 2, half and all of the levels, as far as the tokenizer has them:
+        ``prefixes``: for the first 1, 2, 4, ... and all of the levels, as far as the tokenizer can work with so many:
         ``kilobits_per_second``, tokens as long as the logarithm of their codebook over the sounds' own seconds, and
         ``SCALE_BITS`` for each scale that goes with the codes;
         ``adaptive_kilobits_per_second``, the same under :func:`adaptive_bits`, a level at a time, which starts anew for
@@ -222,10 +222,10 @@ def form_name(sample_rate: int, channels: int) -> str:
 
 
 def prefixes(tokenizer: AudioTokenizer) -> list[int]:
-    """1, 2, half and all of the levels, as far as the tokenizer can work with so many."""
+    """The powers of two and all of the levels, as far as the tokenizer can work with so many."""
     count = len(tokenizer.codebook_sizes)
     out = []
-    for n in sorted({1, min(2, count), max(1, count // 2), count}):
+    for n in sorted({2**i for i in range(count.bit_length()) if 2**i < count} | {count}):
         try:
             tokenizer.check_levels(n)
         except ConfigError:
