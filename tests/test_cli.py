@@ -95,8 +95,8 @@ def test_roundtrip(files: dict, tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert (image["height"], image["width"]) == (70, 90)
     assert image["psnr_db"] > 15
     assert 0.3 < image["ssim"] <= 1
-    assert (audio["tokens"], audio["seconds"]) == (30 * 8, 0.6)
-    assert audio["bits"] == 2400.0
+    assert (audio["tokens"], audio["seconds"]) == (30 * 12, 0.6)
+    assert audio["bits"] == 3600.0
     assert -1 <= audio["stoi"] <= 1
     assert audio["log_mel_distance_db"] >= 0
     assert text["identity"] is True
