@@ -27,11 +27,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def exact(method: Callable[Concatenate[M, P], R]) -> Callable[Concatenate[M, P], R]:
-    """For encode and decode: no gradients, and the weights' own precision inside a caller's autocast block too."""
+    """For encode and decode: no gradients, and the weights' own precision inside a caller's autocast block too.
+
+    What comes out are ordinary tensors, not those of inference mode: a model may be trained on them.
+    """
 
     @functools.wraps(method)
     def wrapped(self: M, *args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(), torch.autocast(next(self.parameters()).device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(next(self.parameters()).device.type, enabled=False):
             return method(self, *args, **kwargs)
 
     return wrapped

@@ -174,11 +174,17 @@ def test_length_of_decode(length):
             model.decode(codes, length)
 
 
-@pytest.mark.parametrize("length", [-1, 1, 401])
+@pytest.mark.parametrize("length", [-1, 1, 401, 400.0])
 def test_impossible_lengths(length):
-    frames = 0 if length < 2 else 10
-    with pytest.raises(VocabularyError, match=rf"got length {length}, but {frames} frames hold"):
+    frames = 0 if length in (-1, 1) else 10
+    with pytest.raises(VocabularyError, match=rf"got length {length!r}, but {frames} frames hold"):
         tiny("plain").decode(torch.zeros(1, LEVELS, frames, dtype=torch.int64), length)
+
+
+@pytest.mark.parametrize("length", [-1, 400.0, "400", True])
+def test_impossible_lengths_of_streams(length):
+    with pytest.raises(VocabularyError, match=rf"got length {length!r}, expected a number of samples"):
+        tiny("plain").stream_decoder(length)
 
 
 @pytest.mark.parametrize(
@@ -198,11 +204,46 @@ def test_wrong_samples(x, said):
             call(x)
 
 
-@pytest.mark.parametrize("levels", [0, -1, LEVELS + 1])
+@pytest.mark.parametrize("levels", [0, -1, LEVELS + 1, True, 2.0, "2"])
 def test_impossible_levels(levels):
-    for call in (lambda n: tiny("plain").encode(sounds(1, 100), n), tiny("plain").stream_encoder):
-        with pytest.raises(ConfigError, match=rf"got {levels} levels, expected 1 to {LEVELS}"):
+    for call in (
+        lambda n: tiny("plain").encode(sounds(1, 100), n),
+        tiny("plain").stream_encoder,
+        tiny("plain").bandwidth,
+    ):
+        with pytest.raises(ConfigError, match=rf"got {levels!r} levels, expected 1 to {LEVELS}, an int"):
             call(levels)
+
+
+@pytest.mark.parametrize("bandwidth", [True, "1.6", 0, float("nan"), 1.61])
+def test_impossible_bandwidths(bandwidth):
+    with pytest.raises(ConfigError, match=rf"got bandwidth {bandwidth!r}, expected one of"):
+        tiny("plain").encode(sounds(1, 100), bandwidth=bandwidth)
+
+
+def test_what_is_no_tensor_and_no_list():
+    model, x = tiny("plain"), sounds(1, 100)[0]
+    codes = model.encode([x])
+    for wrong in (None, 5, (part for part in [x])):
+        with pytest.raises(MediaError, match=r"expected float32 \[B, 1, T\] or a list of \[1, T\]"):
+            model.encode(wrong)
+    for wrong in (None, 5, (part for part in codes)):
+        with pytest.raises(VocabularyError, match=r"expected int64 \[B, levels, F\] or a list of \[levels, F\]"):
+            model.decode(wrong)
+
+
+def test_a_model_can_be_trained_on_codes_and_sounds():
+    model, x = tiny("plain"), sounds(1, 1000).requires_grad_()
+    stream = model.stream_encoder()
+    codes = [model.encode(x), torch.cat([stream.push(x), stream.finish()], -1)]
+    table = torch.nn.Embedding(SIZE, 2)
+    for made in codes:
+        table(made).sum().backward()
+        made.zero_()  # in place
+    layer = torch.nn.Conv1d(1, 2, 3)
+    layer(model.decode(codes[0])).sum().backward()
+    assert all(p.grad is not None for p in (*table.parameters(), *layer.parameters()))
+    assert x.grad is None
 
 
 @pytest.mark.parametrize(

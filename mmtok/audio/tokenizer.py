@@ -12,6 +12,7 @@ batch   -- each row goes through the network alone, so that its codes are those 
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, overload
@@ -64,8 +65,8 @@ class AudioTokenizer(nn.Module, ABC):
 
     def check_levels(self, levels: int) -> None:
         """Raise ConfigError unless the tokenizer can work with the first ``levels`` of its codebooks."""
-        if not 1 <= levels <= len(self.all_codebook_sizes):
-            raise ConfigError(f"got {levels} levels, expected 1 to {len(self.all_codebook_sizes)}")
+        if not _is_whole(levels) or not 1 <= levels <= len(self.all_codebook_sizes):
+            raise ConfigError(f"got {levels!r} levels, expected 1 to {len(self.all_codebook_sizes)}, an int")
 
     @property
     def properties(self) -> dict[str, Any]:
@@ -73,7 +74,13 @@ class AudioTokenizer(nn.Module, ABC):
         return {"sample_rate": self.sample_rate, "hop": self.hop}
 
     def bandwidth(self, levels: int | None = None) -> float:
-        """Nominal bit rate in kb/s of the first ``levels`` levels; by default of ``codebook_sizes``."""
+        """Nominal bit rate in kb/s of the first ``levels`` levels; by default of ``codebook_sizes``.
+
+        Raises:
+            ConfigError: no such number of levels.
+        """
+        if levels is not None:
+            self.check_levels(levels)
         sizes = self.codebook_sizes if levels is None else self.all_codebook_sizes[:levels]
         return sum(math.log2(size) for size in sizes) * self.sample_rate / self.hop / 1000
 
@@ -86,13 +93,13 @@ class AudioTokenizer(nn.Module, ABC):
         rates = {}
         for levels in range(1, len(self.all_codebook_sizes) + 1):
             try:
-                self.check_levels(levels)
+                rates[levels] = self.bandwidth(levels)
             except ConfigError:
                 continue
-            rates[levels] = self.bandwidth(levels)
-        for levels, rate in rates.items():
-            if abs(rate - bandwidth) < 1e-6 * rate:
-                return levels
+        if isinstance(bandwidth, numbers.Real) and not isinstance(bandwidth, bool):
+            for levels, rate in rates.items():
+                if abs(rate - bandwidth) < 1e-6 * rate:
+                    return levels
         known = ", ".join(f"{rate:g}" for rate in rates.values())
         raise ConfigError(f"got bandwidth {bandwidth!r}, expected one of {known} kb/s")
 
@@ -153,6 +160,9 @@ class AudioTokenizer(nn.Module, ABC):
                 raise VocabularyError(f"got {len(length)} lengths for one tensor of codes, expected one number")
             self.check_codes(codes)
             return self._decode(codes, self.check_length(length, codes.shape[-1]))
+        if not isinstance(codes, Sequence):
+            got = type(codes).__name__
+            raise VocabularyError(f"got codes of type {got}, expected int64 [B, levels, F] or a list of [levels, F]")
         lengths = [None] * len(codes) if length is None else length
         if not isinstance(lengths, Sequence) or len(lengths) != len(codes):
             raise VocabularyError(f"got lengths {lengths!r} for {len(codes)} sounds, expected one for each")
@@ -192,6 +202,7 @@ class AudioTokenizer(nn.Module, ABC):
 
         Raises:
             ConfigError: this tokenizer has none.
+            VocabularyError: a length that is no number of samples.
         """
         raise ConfigError(f"{type(self).__name__} cannot decode a stream: its samples depend on all codes")
 
@@ -221,7 +232,10 @@ class AudioTokenizer(nn.Module, ABC):
             raise MediaError(f"{where}got NaN or infinity among the samples, expected float32 in -1..1")
 
     def check_sounds(self, sounds: Sequence[Tensor]) -> None:
-        """Raise MediaError unless each of ``sounds`` is finite float32 [channels, T]."""
+        """Raise MediaError unless ``sounds`` is a sequence, each of it finite float32 [channels, T]."""
+        if not isinstance(sounds, Sequence):
+            form = f"float32 [B, {self.channels}, T] or a list of [{self.channels}, T]"
+            raise MediaError(f"got {type(sounds).__name__}, expected {form}")
         for i, x in enumerate(sounds):
             if not isinstance(x, Tensor) or x.ndim != 2:
                 got = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
@@ -249,22 +263,26 @@ class AudioTokenizer(nn.Module, ABC):
     def _encode(self, samples: Tensor, levels: int) -> Tensor:
         rows, _, length = samples.shape
         if not rows or not length:
-            return torch.zeros(rows, levels, math.ceil(length / self.hop), dtype=torch.int64)
+            return samples.new_zeros(rows, levels, math.ceil(length / self.hop), dtype=torch.int64)
         return torch.cat([self.to_codes(row, levels) for row in samples.split(1)])
 
     @exact
     def _decode(self, codes: Tensor, length: int) -> Tensor:
         if not len(codes) or not length:
-            return torch.zeros(len(codes), self.channels, length)
+            return codes.new_zeros(len(codes), self.channels, length, dtype=torch.float32)
         rows = [self.to_samples(row)[..., :length] for row in codes.split(1)]
         return (rows[0] if len(rows) == 1 else torch.cat(rows)).clamp_(-1, 1)
 
     def check_length(self, length: int | None, frames: int) -> int:
         """How many samples to keep of so many frames; raise VocabularyError unless they hold ``length``."""
         total, least = frames * self.hop, max(0, (frames - 1) * self.hop + 1)
-        if length is not None and not least <= length <= total:
-            raise VocabularyError(f"got length {length}, but {frames} frames hold {least} to {total} samples")
+        if length is not None and not (_is_whole(length) and least <= length <= total):
+            raise VocabularyError(f"got length {length!r}, but {frames} frames hold {least} to {total} samples")
         return total if length is None else length
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, numbers.Integral) and not isinstance(number, bool)
 
 
 class StreamEncoder(ABC):
@@ -294,7 +312,7 @@ class StreamEncoder(ABC):
         if self.nothing is not None and len(samples) != len(self.nothing):
             raise MediaError(f"got {len(samples)} sounds, expected {len(self.nothing)} as in the push before")
         self.nothing = samples.new_zeros(*samples.shape[:2], 0)
-        return self.advance(samples, last=False)
+        return self.advance(samples.detach(), last=False)
 
     def finish(self) -> Tensor:
         """End the sound -> the codes that are still to come, int64 [B, K, f].
@@ -326,6 +344,8 @@ class StreamDecoder(ABC):
     latency: int = 0
 
     def __init__(self, tokenizer: AudioTokenizer, length: int | None) -> None:
+        if length is not None and (not _is_whole(length) or length < 0):
+            raise VocabularyError(f"got length {length!r}, expected a number of samples")
         self.tokenizer, self.length = tokenizer, length
         self.nothing: Tensor | None = None  # no frames of as many sounds and levels, where they are
         self.frames = self.given = 0

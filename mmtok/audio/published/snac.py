@@ -151,7 +151,9 @@ class SNAC(PublishedCodec):
         return math.lcm(self.config.vq_strides[0], self.config.attn_window_size or 1)
 
     def bandwidth(self, levels: int | None = None) -> float:
-        """Nominal bit rate in kb/s of the first ``levels`` levels; all by default."""
+        """As ``AudioTokenizer.bandwidth``."""
+        if levels is not None:
+            self.check_levels(levels)
         bits = math.log2(self.config.codebook_size) * sum(self.rates[:levels])
         return bits * self.sample_rate / self.hop / 1000
 
