@@ -1,7 +1,7 @@
 """Every codec gives back exactly the length it got, proven length by length. Slow; ``pytest -m slow``, some minutes.
 
-Our own codec (causal and not) and EnCodec at both rates at every length from 0 to 4,000 samples, 100 longer ones in
-batches of 1 to 5; DAC, Mimi, SNAC and X-Codec at every seventh. Mono and, of EnCodec at 48 kHz, stereo.
+Our own codec (causal and not) at every length from 0 to 4,000 samples and at 100 longer ones in batches of 1 to 5; DAC,
+Mimi, SNAC and X-Codec at every seventh, and EnCodec, mono and at 48 kHz stereo, at every eleventh.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_our_codec(shape: str) -> None:
 
 @pytest.mark.parametrize("rate", [24_000, 48_000])
 def test_encodec(rate: int) -> None:
-    assert there_and_back(encodec(rate), EVERY, 20_000) == 4101
+    assert there_and_back(encodec(rate), EVERY[::11], 20_000) == 464
 
 
 @pytest.mark.parametrize("name", ["dac", "mimi", "snac", "xcodec"])
