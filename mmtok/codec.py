@@ -65,11 +65,18 @@ def _coarse(scale: Tensor) -> Tensor:
 
 
 def unpack(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse: float32 of what ``pack`` gave; a scale that is missing or left over stays for the strict load."""
+    """The inverse: float32 of what ``pack`` gave; a scale that is left over stays for the strict load.
+
+    Raises:
+        CheckpointError: an int8 tensor without a scale for each of its rows.
+    """
     out: dict[str, Tensor] = {}
     for name, value in stored.items():
-        scale = stored.get(name + SCALE)
-        if scale is not None and value.dtype == torch.int8 and scale.shape == value.shape[:1]:
+        if value.dtype == torch.int8:
+            scale = stored.get(name + SCALE)
+            if scale is None or scale.dtype != torch.float32 or scale.shape != value.shape[:1]:
+                got = "nothing" if scale is None else f"{scale.dtype} {list(scale.shape)}"
+                raise CheckpointError(f"{name}{SCALE}: got {got}, expected float32 {list(value.shape[:1])}")
             out[name] = value.float() * scale.view(-1, *[1] * (value.ndim - 1))
         elif not (name.endswith(SCALE) and stored.get(name.removesuffix(SCALE), value).dtype == torch.int8):
             out[name] = value.float() if value.is_floating_point() else value
@@ -125,7 +132,10 @@ class CodecModel(nn.Module):
         config_json, files, state, directory = checkpoints.read_model(path, cls.kind)
         model = cls(cls.config_class.from_json(config_json))
         rest = {k: v for k, v in model.state_dict().items() if k.rsplit(".", 1)[-1] in TRAINING_ONLY}
-        wide = unpack(state)
+        try:
+            wide = unpack(state)
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory}: {error}") from error
         checkpoints.load_strict(model, {**rest, **wide}, str(directory))
         bad = [k for k, v in wide.items() if not torch.isfinite(v).all()]
         if bad:

@@ -70,6 +70,10 @@ def test_a_lost_or_lonely_scale_is_refused(tmp_path: Path) -> None:
     scale = next(k for k in state if k.endswith(SCALE))
     lonely = unpack({k: v for k, v in state.items() if k != scale.removesuffix(SCALE)})
     assert scale in lonely  # the strict load then says that it is unexpected
+    for wrong in (None, state[scale][:-1], state[scale].int()):
+        rest = {k: v for k, v in state.items() if k != scale} | ({} if wrong is None else {scale: wrong})
+        with pytest.raises(CheckpointError, match=rf"{scale}: got .*, expected float32 \[{len(state[scale])}\]"):
+            unpack(rest)
     small().save(tmp_path / "m")
     file = tmp_path / "m" / "model.safetensors"
     tensors = load_file(file)
