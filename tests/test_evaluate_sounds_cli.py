@@ -191,3 +191,11 @@ def test_bad_usage(
     before = contents(home)
     assert says in refused("evaluate", *tokenizers, "--data", "sounds", *options, capsys=capsys)
     assert contents(home) == before
+
+
+def test_a_place_that_cannot_be_written_is_told_before_measuring(home, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("mmtok.cli.evaluate_sounds.sound_report", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("in the way")
+    for place in (tmp_path / "file" / "out", "/proc/out"):
+        assert str(place) in refused("evaluate", "first", "--data", "sounds", "--out", place, capsys=capsys, code=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +58,7 @@ def evaluate(
     mmtok evaluate audio-16k --data my/sounds
     """
     torch.set_num_threads(1)
+    _check_writable(out)  # before minutes of measuring
     loaded = {label: loading.load(name) for label, name in _labels(tokenizers).items()}
     names = None if peers is None else [] if peers == NO_PEERS else peers.split(",")
     images = {label: x for label, x in loaded.items() if isinstance(x, ImageTokenizer)}
@@ -86,6 +88,16 @@ def evaluate(
     show.show_figures(report)
     show.show_peers(report)
     print("\n" + ", ".join(files.values()))
+
+
+def _check_writable(out: Path) -> None:
+    """Raise OSError unless files can be made in a directory, or it in what there is of its path; nothing is left."""
+    place = next(p for p in (out, *out.resolve().parents) if p.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(out)) from error
 
 
 def _labels(names: Sequence[str]) -> dict[str, str]:
