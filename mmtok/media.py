@@ -351,7 +351,11 @@ def _audio_blocks(
             if first:
                 file.seek(first)
             while at < last:
-                block = file.read(min(last - at, _BLOCK), dtype="float32", always_2d=True)
+                try:
+                    block = file.read(min(last - at, _BLOCK), dtype="float32", always_2d=True)
+                except soundfile.SoundFileError:
+                    at = max(at, file.tell())  # how far it came in the block
+                    raise
                 # The length of an MP3 is an estimate where the file carries no table, so it alone may be shorter.
                 if not len(block) and (file.format != "MP3" or at == first):
                     ends = f"it ends at {at / rate:.3f} s, expected {last / rate:.3f} s"

@@ -535,3 +535,12 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         media.write_image(tmp_path / "a.png", photo().astype(np.float32))
     assert (tmp_path / "a.png").read_bytes() == before
     assert Image.open(io.BytesIO(before)).format == "PNG"
+
+
+def test_a_fault_within_a_block_is_told_by_its_second(tmp_path):
+    path, rate = tmp_path / "x.flac", 16_000
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 10 * rate), rate)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 7 // 10])
+    with pytest.raises(MediaError, match=r"damaged or cut short audio at (\d+\.\d+) s") as error:
+        media.read_audio(path, rate)
+    assert 6.5 < float(str(error.value).split(" at ")[1].split()[0]) < 7.2
