@@ -8,8 +8,7 @@ from typing import overload
 import numpy as np
 
 from mmtok import media
-from mmtok.errors import DataError, MediaError
-from mmtok.evaluation.sets import progress
+from mmtok.evaluation.sets import readable
 from mmtok.training.corpus import Item
 
 
@@ -36,26 +35,8 @@ class Pictures(Sequence[np.ndarray]):
             DataError: none can be read.
         """
         self._size = size
-        self._items: list[Item] = []
         self._kept: list[np.ndarray] = []
-        self.sizes: list[tuple[int, int]] = []
-        self.unreadable: list[str] = []
-        for item in progress(chosen, "reading"):
-            try:
-                pixels = self._read(item, "RGB")
-            except MediaError as error:
-                self.unreadable.append(str(error))
-                continue
-            self._items.append(item)
-            self.sizes.append((pixels.shape[1], pixels.shape[2]))
-            if size is not None:
-                self._kept.append(pixels)
-        if not self._items:
-            raise DataError(
-                f"none of {len(chosen)} pictures can be read; the first: {self.unreadable[0]}"
-                if chosen
-                else "got no pictures, expected at least one"
-            )
+        self._items, self.sizes, self.unreadable = readable(chosen, self._look, "pictures")
         self.names = [str(item.segment["path"]) for item in self._items]
 
     def __len__(self) -> int:
@@ -79,6 +60,13 @@ class Pictures(Sequence[np.ndarray]):
     def pixels(self) -> int:
         """Of all pictures together."""
         return sum(height * width for height, width in self.sizes)
+
+    def _look(self, item: Item) -> tuple[int, int]:
+        """(H, W) of a picture, which is kept if it is fitted."""
+        pixels = self._read(item, "RGB")
+        if self._size is not None:
+            self._kept.append(pixels)
+        return pixels.shape[1], pixels.shape[2]
 
     def _read(self, item: Item, mode: str) -> np.ndarray:
         pixels = media.read_image(item.path, mode)

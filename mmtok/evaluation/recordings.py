@@ -8,8 +8,8 @@ from typing import overload
 import numpy as np
 
 from mmtok import media
-from mmtok.errors import DataError, MediaError
-from mmtok.evaluation.sets import progress
+from mmtok.errors import MediaError
+from mmtok.evaluation.sets import readable
 from mmtok.training.corpus import Item
 
 
@@ -39,22 +39,7 @@ class Recordings(Sequence[np.ndarray]):
             DataError: none can be read.
         """
         self.sample_rate, self.channels = sample_rate, channels
-        self._items: list[Item] = []
-        self.lengths: list[int] = []
-        self.unreadable: list[str] = []
-        for item in progress(chosen, "reading"):
-            try:
-                self.lengths.append(self._read(item).shape[1])
-            except MediaError as error:
-                self.unreadable.append(str(error))
-                continue
-            self._items.append(item)
-        if not self._items:
-            raise DataError(
-                f"none of {len(chosen)} sounds can be read; the first: {self.unreadable[0]}"
-                if chosen
-                else "got no sounds, expected at least one"
-            )
+        self._items, self.lengths, self.unreadable = readable(chosen, lambda x: self._read(x).shape[1], "sounds")
         self.names = [str(item.segment["path"]) for item in self._items]
         self.sources = [item.source for item in self._items]
 
