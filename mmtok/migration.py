@@ -23,6 +23,7 @@ from torch import Tensor
 from mmtok.blocks import TokenizerSpec, brackets
 from mmtok.checkpoints import atomic_directory
 from mmtok.comparison import counterpart
+from mmtok.datasets.shardfile import Record, find_spans
 from mmtok.datasets.shards import SHARD_TOKENS, TokenDataset, check_target, write_dataset
 from mmtok.errors import CheckpointError, SequenceError, VocabularyError
 from mmtok.grammar import Grammar
@@ -197,16 +198,22 @@ def migrate_dataset(source: str | Path, target: str | Path, registry: Vocabulary
     check_target(target)
     data = TokenDataset.open(source)
     data.verify()
-    translate = Translation(data.registry, registry)
+    translate, grammar = Translation(data.registry, registry), Grammar(registry)
 
-    def documents() -> Iterator[np.ndarray]:
+    def documents() -> Iterator[Record]:
         for number, ids in enumerate(data):
-            yield translate(ids, f"{source}: document {number}")
+            new = translate(ids, f"{source}: document {number}")
+            spans = data.spans(number)
+            if len(spans):  # the same segments, in the same order: what is known of each stays
+                spans = np.concatenate([find_spans(grammar, new)[:, :3], spans[:, 3:]], 1)
+            shard, at = data.locate(number)
+            yield Record(new, spans, shard.meta(at), shard.key(at))
 
     with atomic_directory(target) as work:
         # Of several shards the largest is as large as they were meant to be, or a document less.
-        sizes = data.shard_sizes
-        write_dataset(work, registry, documents(), max(sizes if len(sizes) > 1 else (SHARD_TOKENS, *sizes)))
+        sizes = [x.tokens for x in data.shards]
+        largest = max(sizes if len(sizes) > 1 else (SHARD_TOKENS, *sizes))
+        write_dataset(work, registry, documents(), largest, data.settings, data.quarantined())
         written = TokenDataset.open(work, registry)
         written.verify()
         for number, (ids, new) in enumerate(zip(data, written, strict=True)):

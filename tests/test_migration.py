@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtok import migration
+from mmtok.datasets.shardfile import Record, find_spans
 from mmtok.datasets.shards import TokenDataset, write_dataset
 from mmtok.errors import CheckpointError, DataError, VocabularyError
 from mmtok.grammar import Grammar
@@ -198,10 +201,11 @@ def test_what_cannot_be_migrated_leaves_everything_as_it_was(tmp_path: Path) -> 
         migrate_dataset(tmp_path / "old", tmp_path / "photos", SWAPPED)
     (tmp_path / "photos" / "cow.png").unlink()
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
-    data = bytearray((tmp_path / "old/shard-00000.tokens").read_bytes())
-    data[2] ^= 1
-    (tmp_path / "old/shard-00000.tokens").write_bytes(data)
-    with pytest.raises(DataError, match="sha256"):
+    (file,) = (tmp_path / "old").glob("shard-*")
+    data = bytearray(file.read_bytes())
+    data[-20] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"is damaged|sha256"):
         migrate_dataset(tmp_path / "old", tmp_path / "new", SWAPPED)
     assert not (tmp_path / "new").exists()
 
@@ -210,19 +214,20 @@ def test_shards_stay_as_large_as_they_were(tmp_path: Path) -> None:
     one = ids_of(OLD)
     for limit, shards in ((2 * len(one) + 3, 3), (10**6, 1)):
         write_dataset(tmp_path / "old", OLD, [one] * 5, shard_tokens=limit)
-        sizes = TokenDataset.open(tmp_path / "old").shard_sizes
+        sizes = [x.tokens for x in TokenDataset.open(tmp_path / "old").shards]
         assert len(sizes) == shards
         migrate_dataset(tmp_path / "old", tmp_path / "new", SWAPPED)
-        assert TokenDataset.open(tmp_path / "new").shard_sizes == sizes
+        assert [x.tokens for x in TokenDataset.open(tmp_path / "new").shards] == sizes
         migrate_dataset(tmp_path / "old", tmp_path / "new", DELAYED)
-        assert shards <= len(TokenDataset.open(tmp_path / "new").shard_sizes) <= 2 * shards - 1
+        assert shards <= len(TokenDataset.open(tmp_path / "new").shards) <= 2 * shards - 1
 
 
 def test_damage_while_writing_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_dataset(tmp_path / "old", OLD, [ids_of(OLD)])
 
-    def damaged(path: Path, registry: VocabularyRegistry, documents: object, limit: int) -> None:
-        write_dataset(path, registry, ([*ids[:-2], registry.user, registry.eos] for ids in documents), limit)  # type: ignore[attr-defined]
+    def damaged(path: Path, registry: VocabularyRegistry, documents: Iterable[Record], limit: int, *rest: Any) -> None:
+        changed = (x._replace(ids=[*x.ids[:-2], registry.user, registry.eos]) for x in documents)
+        write_dataset(path, registry, changed, limit, *rest)
 
     monkeypatch.setattr(migration, "write_dataset", damaged)
     with pytest.raises(VocabularyError, match="not what was migrated"):
@@ -360,3 +365,22 @@ def test_samples_are_valid_varied_and_seeded() -> None:
         Translation(OLD, FEWER)(row.numpy(), "it")
     assert seen >= {"words", "art", "sounds", "<user>", "<assistant>"}
     assert "pics" not in seen
+
+
+def test_spans_and_what_is_known_move_along(tmp_path: Path) -> None:
+    grammar = Grammar(OLD)
+    ids = ids_of(OLD)
+    spans = find_spans(grammar, ids)
+    spans[:, 3:] = np.arange(3 * len(spans)).reshape(-1, 3) + 7
+    record = Record(ids, spans, {"id": "cow"}, b"k" * 16)
+    write_dataset(tmp_path / "old", OLD, [record], settings={"image_size": 8}, quarantine=[{"id": "bad"}])
+    for registry in (SWAPPED, DELAYED):
+        migrate_dataset(tmp_path / "old", tmp_path / "new", registry)
+        new = TokenDataset.open(tmp_path / "new")
+        assert (new.settings, list(new.quarantined())) == ({"image_size": 8}, [{"id": "bad"}])
+        assert new.meta(0) == {"id": "cow"}
+        assert new.shards[0].key(0) == b"k" * 16
+        assert np.array_equal(new.spans(0)[:, 3:], spans[:, 3:])
+        assert np.array_equal(new.spans(0)[:, :3], find_spans(Grammar(registry), new[0])[:, :3])
+        names = [[r.tokenizers[i].name for i in table[:, 2]] for r, table in ((OLD, spans), (registry, new.spans(0)))]
+        assert names[0] == names[1]

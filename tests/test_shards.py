@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,10 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
-from mmtok.datasets.shards import TokenDataset, token_dtype, write_dataset
+from mmtok.datasets.shardfile import Record
+from mmtok.datasets.shards import TokenDataset, _render, token_dtype, write_dataset
 from mmtok.errors import DataError, VocabularyError, VocabularyMismatchError
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
 
@@ -62,12 +67,18 @@ def test_the_files_are_what_the_format_says(tmp_path: Path) -> None:
     for r, dtype in ((SMALL, "<u2"), (LARGE, "<u4")):
         write_dataset(tmp_path / "d", r, DOCUMENTS, shard_tokens=7)
         assert token_dtype(r) == np.dtype(dtype)
-        files = sorted(p.name for p in (tmp_path / "d").iterdir())
-        shards = [f"shard-0000{n}.{kind}" for n in (0, 1) for kind in ("offsets", "tokens")]
-        assert files == ["dataset.json", *shards, "vocab.json"]
-        assert np.fromfile(tmp_path / "d/shard-00000.tokens", dtype).tolist() == [1, 5, 2, 1, 2]
-        assert np.fromfile(tmp_path / "d/shard-00000.offsets", "<i8").tolist() == [3, 5]
-        assert np.fromfile(tmp_path / "d/shard-00001.offsets", "<i8").tolist() == [5, 7]
+        files = {p.name.split(".")[0]: p for p in (tmp_path / "d").iterdir()}
+        assert sorted(files) == ["dataset", "quarantine", "shard-00000", "shard-00001", "vocab"]
+        first, second = (load_file(files[f"shard-0000{n}"]) for n in (0, 1))  # by another library
+        assert first["tokens"].dtype == np.dtype(dtype)
+        assert (first["tokens"].tolist(), second["tokens"].tolist()) == ([1, 5, 2, 1, 2], [1, 6, 7, 8, 2, 1, 2])
+        assert first["documents"].tolist() == [[3, 0, 11], [5, 0, 22]]
+        assert second["documents"].tolist() == [[5, 0, 11], [7, 0, 22]]
+        assert first["meta"].tobytes()[:22] == b'{"id":"0"}\n{"id":"1"}\n'
+        data = files["shard-00000"].read_bytes()
+        assert files["shard-00000"].name == f"shard-00000.{hashlib.sha256(data).hexdigest()[:8]}.safetensors"
+        assert first["sums"].tolist() == [xxhash.xxh3_64_intdigest(data[:-8])]
+        assert files["quarantine"].read_bytes() == b""
         assert VocabularyRegistry.from_json((tmp_path / "d/vocab.json").read_text()) == r
 
 
@@ -167,38 +178,38 @@ def written(tmp_path: Path) -> Path:
 
 
 def edit(path: Path, change) -> None:
+    """Change dataset.json, with a sum that is right again."""
     value = json.loads((path / "dataset.json").read_text())
     change(value)
-    (path / "dataset.json").write_text(json.dumps(value))
+    (path / "dataset.json").write_bytes(_render(value))
 
 
-def offsets(*ends: int):
-    return lambda d: np.array(ends, "<i8").tofile(d / "shard-00000.offsets")
+def shard(path: Path, number: int) -> Path:
+    return next(path.glob(f"shard-0000{number}.*"))
 
 
 DAMAGE = {
     "no dataset.json": (lambda d: (d / "dataset.json").unlink(), "dataset.json"),
     "no vocabulary": (lambda d: (d / "vocab.json").unlink(), "vocab.json"),
-    "no tokens": (lambda d: (d / "shard-00001.tokens").unlink(), "shard-00001.tokens"),
-    "no offsets": (lambda d: (d / "shard-00000.offsets").unlink(), "shard-00000.offsets"),
+    "no shard": (lambda d: shard(d, 1).unlink(), "shard-00001"),
     "cut json": (lambda d: (d / "dataset.json").write_text((d / "dataset.json").read_text()[:-9]), "not JSON"),
     "list": (lambda d: (d / "dataset.json").write_text("[]"), "format 'list'"),
     "format": (lambda d: edit(d, lambda v: v.update(format=9)), "format 9"),
-    "cut tokens": (lambda d: (d / "shard-00000.tokens").write_bytes(b"\1\0"), "2 bytes, expected 10"),
-    "longer tokens": (lambda d: (d / "shard-00000.tokens").open("ab").write(b"\0\0"), "12 bytes, expected 10"),
-    "cut offsets": (lambda d: (d / "shard-00000.offsets").write_bytes(b""), "0 bytes"),
-    "offsets that fall": (offsets(6, 5), "does not rise"),
-    "offsets that stay": (offsets(5, 5), "does not rise"),
-    "offsets from 0": (offsets(0, 5), "does not rise"),
-    "offsets beyond": (offsets(3, 6), "does not rise"),
+    "cut shard": (lambda d: shard(d, 0).write_bytes(b"\1\0"), "2 bytes, expected"),
+    "longer shard": (lambda d: shard(d, 0).open("ab").write(b"\0"), "bytes, expected"),
+    "empty shard": (lambda d: shard(d, 0).write_bytes(b""), "0 bytes, expected"),
+    "another shard": (lambda d: shard(d, 0).write_bytes(shard(d, 0).read_bytes()[::-1]), "no token shard"),
+    "more documents": (lambda d: edit(d, lambda v: v["shards"][0].update(documents=3)), "expected documents"),
+    "more tokens": (lambda d: edit(d, lambda v: v["shards"][0].update(tokens=9)), "expected tokens"),
     "foreign dtype": (lambda d: edit(d, lambda v: v.update(dtype="uint32")), "dtype uint32, expected uint16"),
     "odd dtype": (lambda d: edit(d, lambda v: v.update(dtype="O")), "dtype O"),
     "vocabulary": (lambda d: (d / "vocab.json").write_text(LARGE.to_json()), "put back"),
     "vocabulary text": (lambda d: (d / "vocab.json").write_text("{}"), "not a vocabulary"),
     "counts": (lambda d: edit(d, lambda v: v["shards"][0].update(documents=0)), "damaged"),
-    "no sum": (lambda d: edit(d, lambda v: v["shards"][0]["sha256"].pop("tokens")), "damaged"),
+    "no sum": (lambda d: edit(d, lambda v: v["shards"][0].pop("sums")), "damaged"),
+    "a path": (lambda d: edit(d, lambda v: v["shards"][0].update(file="../x")), "damaged"),
     "no shards": (lambda d: edit(d, lambda v: v.pop("shards")), "damaged"),
-    "shard": (lambda d: edit(d, lambda v: v["shards"].append(3)), "damaged"),
+    "entry": (lambda d: edit(d, lambda v: v["shards"].append(3)), "damaged"),
 }
 
 
@@ -212,12 +223,111 @@ def test_damage_is_seen_on_open(written: Path, case: str) -> None:
     assert says in str(stop.value)
 
 
-@pytest.mark.parametrize("name", [f"shard-0000{n}.{kind}" for n in (0, 1) for kind in ("tokens", "offsets")])
-def test_a_flipped_bit_is_seen_by_verify(written: Path, name: str) -> None:
-    TokenDataset.open(written).verify()
-    data = bytearray((written / name).read_bytes())
-    # An end that still rises: [3, 5] -> [2, 5] and [5, 7] -> [4, 7].
-    data[0] ^= 1
-    (written / name).write_bytes(data)
-    with pytest.raises(DataError, match=name):
-        TokenDataset.open(written).verify()
+def read_everything(path: Path, verify: bool) -> None:
+    dataset = TokenDataset.open(path)
+    if verify:
+        dataset.verify()
+    for i in range(len(dataset)):
+        dataset[i], dataset.spans(i), dataset.meta(i), dataset.image_sizes(i)
+        where, at = dataset.locate(i)
+        where.key(at)
+    for x in dataset.shards:
+        x.check_all()  # what no document has: the padding
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """Of every file: on opening, on reading every part, or by verify; of shards without verify."""
+    write_records(tmp_path / "d", 40)
+    random = np.random.default_rng(0)
+    for file in sorted((tmp_path / "d").iterdir()):
+        data = file.read_bytes()
+        for bit in random.choice(8 * len(data), min(8 * len(data), 400), replace=False).tolist():
+            damaged = bytearray(data)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            with pytest.raises((DataError, VocabularyError)):
+                read_everything(tmp_path / "d", verify=not file.name.startswith("shard"))
+        file.write_bytes(data)
+    TokenDataset.open(tmp_path / "d").verify()
+
+
+def test_without_checks_nothing_is_compared(written: Path) -> None:
+    data = load_file(shard(written, 0))
+    raw = bytearray(shard(written, 0).read_bytes())
+    at = bytes(raw).index(data["tokens"].tobytes())
+    raw[at + 2] ^= 1  # the 5
+    shard(written, 0).write_bytes(raw)
+    assert TokenDataset.open(written, check=False)[0].tolist() == [1, 4, 2]
+    with pytest.raises(DataError, match=r"shard-00000.*the block of bytes 0 to"):
+        TokenDataset.open(written)
+
+
+def test_a_damaged_block_leaves_the_others_readable(tmp_path: Path) -> None:
+    documents = [np.full(3000, 5 + i) for i in range(40)]  # 6,000 bytes each, blocks of 65,536
+    write_dataset(tmp_path / "d", SMALL, documents)
+    file = shard(tmp_path / "d", 0)
+    raw = bytearray(file.read_bytes())
+    at = bytes(raw).rindex(np.full(3000, 5 + 30, "<u2").tobytes())
+    raw[at] ^= 8
+    file.write_bytes(raw)
+    dataset = TokenDataset.open(tmp_path / "d")
+    assert dataset[3].tolist() == documents[3].tolist()
+    for _ in range(2):  # not only the first time
+        with pytest.raises(DataError, match="is damaged"):
+            dataset[30]
+    with pytest.raises(DataError, match="sha256"):
+        dataset.verify()
+
+
+WORDS = SMALL.block("text").start
+
+
+def write_records(path: Path, count: int, **how) -> list[Record]:
+    """Documents of two texts each, whose spans, meta and keys differ."""
+    random = np.random.default_rng(count)
+    out = []
+    for i in range(count):
+        n, m = random.integers(1, 30, 2).tolist()
+        ids = np.concatenate([[SMALL.bos], WORDS + random.integers(0, 50, n + m), [SMALL.eos]])
+        spans = np.array([[1, 1 + n, 0, 0, n, 0], [1 + n, 1 + n + m, 0, 1, m, 0]][: 1 + i % 2], np.int32)
+        out.append(Record(ids, spans, {"id": f"é{i}\udc80", "segments": [{"voice": "x" * (i % 3)}]}, bytes([i] * 16)))
+    write_dataset(path, SMALL, iter(out), **how)
+    return out
+
+
+def test_records_come_back(tmp_path: Path) -> None:
+    records = write_records(tmp_path / "d", 30, shard_tokens=200, settings={"image_size": 64}, quarantine=[{"id": "é"}])
+    dataset = TokenDataset.open(tmp_path / "d")
+    assert len(dataset.shards) > 3
+    assert dataset.settings == {"image_size": 64}
+    assert (list(dataset.quarantined()), dataset.left_out) == ([{"id": "é"}], 1)
+    for i, record in enumerate(records):
+        assert np.array_equal(dataset[i], record.ids)
+        assert np.array_equal(dataset.spans(i), record.spans)
+        assert dataset.meta(i) == record.meta
+        where, at = dataset.locate(i)
+        assert where.key(at) == record.key
+        for j, span in enumerate(record.spans):
+            assert np.array_equal(dataset.span(i, j), record.ids[span[0] : span[1]])
+        with pytest.raises(IndexError):
+            dataset.span(i, len(record.spans))
+    parts = [x.part(1, 3) for x in dataset.shards if x.documents > 3]
+    assert all(p.documents[-1].tolist() == [len(p.tokens), len(p.spans), len(p.meta)] for p in parts)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert np.array_equal(again[7], dataset[7])
+    assert again.fingerprint == dataset.fingerprint
+
+
+def test_equal_documents_give_equal_bytes(tmp_path: Path) -> None:
+    for name in "ab":
+        write_records(tmp_path / name, 30, shard_tokens=200)
+    files = [sorted((p.name, p.read_bytes()) for p in (tmp_path / name).iterdir()) for name in "ab"]
+    assert files[0] == files[1]
+
+
+def test_an_open_dataset_outlives_its_replacement(tmp_path: Path) -> None:
+    records = write_records(tmp_path / "d", 30, shard_tokens=200)
+    dataset = TokenDataset.open(tmp_path / "d")
+    write_records(tmp_path / "d", 5)
+    assert all(np.array_equal(dataset[i], x.ids) for i, x in enumerate(records))
+    assert len(TokenDataset.open(tmp_path / "d")) == 5

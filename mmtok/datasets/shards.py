@@ -1,37 +1,44 @@
-"""Token shards: many documents as ids, in files that are memory-mapped and checked.
+"""Token datasets: documents as ids in memory-mapped, checked shards, with their spans and what is known of them.
 
-``write_dataset`` -- documents -> a directory, which appears complete or not at all
-``TokenDataset``  -- that directory as a sequence of int64 arrays
+``TokenDataset``  -- a dataset directory as a sequence of int64 arrays
+``write_dataset`` -- documents -> such a directory, which appears complete or not at all
+``publish``       -- shards that lie in a directory already -> a dataset
 
-    dataset.json         format, registry fingerprint, dtype; documents, tokens and sha256 of each shard
-    vocab.json           the vocabulary
-    shard-00000.tokens   ids of whole documents one after another, little-endian uint16 or uint32
-    shard-00000.offsets  where each document ends, little-endian int64
+    dataset.json                      format, vocabulary fingerprint, dtype, settings, counts, an entry for each shard
+    vocab.json                        the vocabulary
+    quarantine.5a6b7c8d.jsonl         documents that could not be encoded, each with its reason
+    shard-00000.1f2e3d4c.safetensors  see :mod:`mmtok.datasets.shardfile`
 
-Raw arrays can be mapped and read at random; a flipped bit in them would be another id, hence the sums. A document is
-never split over two shards.
+The names have a part of the files' sha256, so that a dataset can be replaced while it is read: the new dataset.json
+names other files. A document is never split over two shards.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmtok.arrays import integers
-from mmtok.checkpoints import atomic_directory, sha256_file
+from mmtok.checkpoints import atomic_directory, atomic_write, sha256_file
+from mmtok.datasets.shardfile import Record, Shard, batches, part_of, write_shard
 from mmtok.errors import DataError, VocabularyError
 from mmtok.registry import VOCAB_FILE, VocabularyRegistry
 
-FORMAT = 1
+FORMAT = 2
 DATASET_FILE = "dataset.json"
+QUARANTINE = "quarantine"
 SHARD_TOKENS = 2**26  # 128 MiB of uint16
-KINDS = ("tokens", "offsets")
+_LEFT_OUT = {"file": str, "documents": int, "sha256": str}
+_ENTRY = {"file": str, "documents": int, "tokens": int, "bytes": int, "sha256": str, "sums": str}
+_VALUE = {"registry": str, "vocabulary": str, "dtype": str, "settings": dict, "shards": list, "quarantine": dict}
 
 
 def token_dtype(registry: VocabularyRegistry) -> np.dtype:
@@ -40,15 +47,23 @@ def token_dtype(registry: VocabularyRegistry) -> np.dtype:
 
 
 def write_dataset(
-    path: str | Path, registry: VocabularyRegistry, documents: Iterable[Any], shard_tokens: int = SHARD_TOKENS
+    path: str | Path,
+    registry: VocabularyRegistry,
+    documents: Iterable[Any],
+    shard_tokens: int = SHARD_TOKENS,
+    settings: Mapping[str, Any] | None = None,
+    quarantine: Iterable[Mapping[str, Any]] = (),
 ) -> None:
     """Write documents to a dataset directory. It appears, or takes the place of an older dataset, when it is complete.
 
     Args:
         path: the directory.
         registry: the vocabulary of the ids.
-        documents: integers [n] each, n at least 1; taken one at a time, so memory stays bounded.
+        documents: each a ``Record``, or integers [n], n at least 1; taken one at a time, so that no more than a shard
+            is in memory.
         shard_tokens: begin a new shard rather than let one grow beyond so many ids.
+        settings: JSON-able: how the documents were made.
+        quarantine: JSON-able: the documents that were left out, as ``TokenDataset.quarantined`` gives them.
 
     Raises:
         DataError: ``path`` holds something other than a token dataset, ``shard_tokens`` is below 1, or a document is
@@ -58,29 +73,72 @@ def write_dataset(
     check_target(path)
     if shard_tokens < 1:
         raise DataError(f"shard_tokens is {shard_tokens}, expected at least 1")
+    dtype = token_dtype(registry)
     with atomic_directory(path) as work:
-        shards: list[_Shard] = []
-        for number, document in enumerate(documents):
-            ids = integers(document, f"document {number}")
-            if ids.ndim != 1 or not len(ids):
-                raise DataError(f"document {number} has shape {list(ids.shape)}, expected [n] with n at least 1")
-            try:
-                registry.split(ids)
-            except VocabularyError as error:
-                raise VocabularyError(f"document {number}, {error}") from error
-            if not shards or shards[-1].tokens + len(ids) > shard_tokens:
-                if shards:
-                    shards[-1].close()
-                shards.append(_Shard(work, len(shards), token_dtype(registry)))
-            shards[-1].append(ids)
-        value = {
-            "format": FORMAT,
-            "registry": registry.fingerprint,
-            "dtype": token_dtype(registry).name,
-            "shards": [shard.close() for shard in shards],
-        }
-        (work / VOCAB_FILE).write_text(registry.to_json(), encoding="utf-8")
-        (work / DATASET_FILE).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        checked = (_checked(x, number, registry) for number, x in enumerate(documents))
+        entries = [
+            write_shard(work, stem(number), [part_of(batch, dtype)], dtype, registry.fingerprint)
+            for number, batch in enumerate(batches(checked, shard_tokens))
+        ]
+        publish(work, registry, entries, settings or {}, (json.dumps(x).encode() + b"\n" for x in quarantine))
+
+
+def stem(number: int) -> str:
+    """How the name of a dataset's shard begins."""
+    return f"shard-{number:05d}"
+
+
+def publish(
+    path: str | Path,
+    registry: VocabularyRegistry,
+    entries: list[dict[str, Any]],
+    settings: Mapping[str, Any],
+    quarantine: Iterable[bytes] = (),
+) -> None:
+    """Make a dataset of the shards in a directory: dataset.json appears, or takes an older one's place, at the end.
+
+    Args:
+        path: the directory, with the shards in it, and with no dataset of another vocabulary.
+        registry: their vocabulary.
+        entries: what ``write_shard`` returned for each, in order.
+        settings: JSON-able: how the documents were made.
+        quarantine: a line of JSON for each document that was left out.
+    """
+    folder = Path(path)
+    lines, digest = 0, hashlib.sha256()
+    temporary = folder / f".{QUARANTINE}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            for line in quarantine:
+                file.write(line)
+                digest.update(line)
+                lines += 1
+            file.flush()
+            os.fsync(file.fileno())
+        name = f"{QUARANTINE}.{digest.hexdigest()[:8]}.jsonl"
+        os.replace(temporary, folder / name)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    vocabulary = registry.to_json().encode()
+    atomic_write(folder / VOCAB_FILE, vocabulary)
+    value = {
+        "format": FORMAT,
+        "registry": registry.fingerprint,
+        "vocabulary": hashlib.sha256(vocabulary).hexdigest(),
+        "dtype": token_dtype(registry).name,
+        "documents": sum(x["documents"] for x in entries),
+        "tokens": sum(x["tokens"] for x in entries),
+        "settings": dict(settings),
+        "quarantine": {"file": name, "documents": lines, "sha256": digest.hexdigest()},
+        "shards": entries,
+    }
+    atomic_write(folder / DATASET_FILE, _render(value))
+    named = {name, *(x["file"] for x in entries)}
+    for pattern in ("shard-*.safetensors", f"{QUARANTINE}.*.jsonl"):
+        for old in folder.glob(pattern):
+            if old.name not in named:
+                old.unlink()
 
 
 def check_target(path: str | Path) -> None:
@@ -101,26 +159,34 @@ class TokenDataset:
     Attributes:
         path: the directory.
         registry: the vocabulary of the ids.
-        shard_sizes: ids in each shard.
+        dtype: in which they are stored: uint16 or uint32.
+        settings: how the documents were made, as the builder recorded it.
+        shards: the files, in order.
         tokens: ids in all documents together.
+        fingerprint: sha256 of dataset.json, hence of everything in the dataset.
+        left_out: how many documents could not be encoded, see ``quarantined``.
     """
 
-    def __init__(self, path: Path, registry: VocabularyRegistry, sums: dict[str, str], shards: list[_Arrays]) -> None:
-        self.path = path
-        self.registry = registry
-        self.shard_sizes = tuple(len(tokens) for tokens, _ in shards)
-        self.tokens = sum(self.shard_sizes)
-        self._sums = sums
-        self._shards = shards
-        self._ends = np.cumsum([len(ends) for _, ends in shards], dtype=np.int64)
+    def __init__(self, path: Path, registry: VocabularyRegistry, value: dict[str, Any], check: bool) -> None:
+        self.path, self.registry, self.dtype = path, registry, token_dtype(registry)
+        self.settings: dict[str, Any] = value["settings"]
+        self.fingerprint: str = value["sum"]
+        self.left_out: int = value["quarantine"]["documents"]
+        self._value, self._check = value, check
+        self.shards = tuple(
+            Shard(path / x["file"], x, self.dtype, registry.fingerprint, check) for x in value["shards"]
+        )
+        self.tokens = sum(x.tokens for x in self.shards)
+        self._ends = list(itertools.accumulate(x.documents for x in self.shards))
 
     @classmethod
-    def open(cls, path: str | Path, registry: VocabularyRegistry | None = None) -> TokenDataset:
-        """Map a dataset into memory and check everything but the sums, which are ``verify``'s.
+    def open(cls, path: str | Path, registry: VocabularyRegistry | None = None, check: bool = True) -> TokenDataset:
+        """Map a dataset into memory.
 
         Args:
-            path: what ``write_dataset`` wrote.
+            path: what ``write_dataset`` or ``mmtok dataset build`` wrote.
             registry: the vocabulary that the caller uses; None takes the one of the dataset.
+            check: compare every block of 64 KiB with its sum when it is first read.
 
         Raises:
             DataError: no dataset, another format, or a file that is missing, damaged or of another size.
@@ -140,28 +206,37 @@ class TokenDataset:
             )
         if registry is not None:
             registry.check_same(own, str(path))
-        dtype = token_dtype(own)
-        if value["dtype"] != dtype.name:
-            raise DataError(f"{folder} has dtype {value['dtype']}, expected {dtype.name} for {own.padded_size} ids")
-        sums: dict[str, str] = {}
-        shards: list[_Arrays] = []
-        for number, entry in enumerate(value["shards"]):
-            names = [f"shard-{number:05d}.{kind}" for kind in KINDS]
-            tokens = _map(folder / names[0], dtype, entry["tokens"])
-            ends = _map(folder / names[1], np.dtype("<i8"), entry["documents"])
-            if ends[0] < 1 or ends[-1] != len(tokens) or (ends[1:] <= ends[:-1]).any():
-                raise DataError(
-                    f"{folder / names[1]} does not rise to the {len(tokens)} ids of its shard; build the dataset again"
-                )
-            sums.update(zip(names, (entry["sha256"][kind] for kind in KINDS), strict=True))
-            shards.append((tokens, ends))
-        return cls(folder, own, sums, shards)
+        if value["dtype"] != token_dtype(own).name:
+            raise DataError(
+                f"{folder} has dtype {value['dtype']}, expected {token_dtype(own).name} for {own.padded_size} ids"
+            )
+        return cls(folder, own, value, check)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenDataset.open, (self.path, None, self._check)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> np.ndarray:
         """The ids of a document, int64 [n]; as in a list, -1 is the last.
+
+        Raises:
+            IndexError: no such document.
+            DataError: its part of the file is damaged.
+        """
+        shard, at = self.locate(index)
+        return shard.ids(*shard.bounds(at)).astype(np.int64)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for shard in self.shards:
+            start = 0
+            for end in shard.ends.tolist():
+                yield shard.ids(start, end).astype(np.int64)
+                start = end
+
+    def locate(self, index: int) -> tuple[Shard, int]:
+        """The shard that holds a document, and its number there.
 
         Raises:
             IndexError: no such document.
@@ -169,69 +244,99 @@ class TokenDataset:
         i = index + len(self) if index < 0 else index
         if not 0 <= i < len(self):
             raise IndexError(f"document {index}, expected one of {len(self)}")
-        shard = int(np.searchsorted(self._ends, i, side="right"))
-        tokens, ends = self._shards[shard]
-        at = i - (int(self._ends[shard - 1]) if shard else 0)
-        return tokens[int(ends[at - 1]) if at else 0 : int(ends[at])].astype(np.int64)
+        number = bisect.bisect_right(self._ends, i)
+        return self.shards[number], i - (self._ends[number - 1] if number else 0)
 
-    def __iter__(self) -> Iterator[np.ndarray]:
-        for tokens, ends in self._shards:
-            start = 0
-            for end in ends.tolist():
-                yield tokens[start:end].astype(np.int64)
-                start = end
+    def spans(self, index: int) -> np.ndarray:
+        """The text, image and audio spans of a document, int32 [s, 6]: ``mmtok.datasets.shardfile.SPAN_COLUMNS``."""
+        shard, at = self.locate(index)
+        return shard.spans(at)
+
+    def span(self, index: int, span: int) -> np.ndarray:
+        """The ids of one span of a document, int64 [n], without reading the others.
+
+        Raises:
+            IndexError: no such document or span.
+        """
+        shard, at = self.locate(index)
+        rows = shard.spans(at)
+        if not -len(rows) <= span < len(rows):
+            raise IndexError(f"span {span} of document {index}, expected one of {len(rows)}")
+        begin = shard.bounds(at)[0]
+        return shard.ids(begin + int(rows[span, 0]), begin + int(rows[span, 1])).astype(np.int64)
+
+    def meta(self, index: int) -> dict[str, Any]:
+        """What is known of a document: its id, its segments as in the manifest (without their text), and other keys."""
+        shard, at = self.locate(index)
+        return shard.meta(at)
+
+    def image_sizes(self, index: int) -> list[tuple[int, int]]:
+        """(H, W) in pixels of each image of a document, in order: what ``MultimodalTokenizer.decode`` crops to."""
+        images = [x.modality == "image" for x in self.registry.tokenizers]
+        return [(int(row[4]), int(row[5])) for row in self.spans(index) if images[row[2]]]
+
+    def quarantined(self) -> Iterator[dict[str, Any]]:
+        """The documents that could not be encoded: index in the source, id, segment, reason.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        file = self.path / self._value["quarantine"]["file"]
+        try:
+            with file.open("rb") as handle:
+                yield from map(json.loads, handle)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{file} cannot be read ({error}); build the dataset again") from error
 
     def verify(self) -> None:
-        """Compare the sha256 of every file with the recorded one.
+        """Compare the sha256 of every file, and every block of the shards, with what is recorded.
 
         Raises:
             DataError: the first file that was damaged or edited.
         """
-        for name, expected in self._sums.items():
-            got = sha256_file(self.path / name)
+        sums = {x["file"]: x["sha256"] for x in (*self._value["shards"], self._value["quarantine"])}
+        sums[VOCAB_FILE] = self._value["vocabulary"]
+        for name, expected in sums.items():
+            try:
+                got = sha256_file(self.path / name)
+            except OSError as error:
+                raise DataError(f"{self.path / name}: {error.strerror}; build the dataset again") from error
             if got != expected:
                 raise DataError(
                     f"{self.path / name}: sha256 is {got[:12]}..., {DATASET_FILE} says {expected[:12]}...; "
                     "the file is damaged or was edited: fetch or build the dataset again"
                 )
+        for shard in self.shards:
+            shard.check_all()
 
 
-_Arrays = tuple[np.ndarray, np.ndarray]  # the ids of a shard, and where each document ends
+def _checked(document: Any, number: int, registry: VocabularyRegistry) -> Record:
+    record = document if isinstance(document, Record) else None
+    ids = integers(document if record is None else record.ids, f"document {number}")
+    if ids.ndim != 1 or not len(ids):
+        raise DataError(f"document {number} has shape {list(ids.shape)}, expected [n] with n at least 1")
+    try:
+        registry.split(ids)
+    except VocabularyError as error:
+        raise VocabularyError(f"document {number}, {error}") from error
+    if record is None:
+        return Record(ids, np.zeros((0, 6), np.int32), {"id": str(number)})
+    return record._replace(ids=ids)
 
 
-class _Shard:
-    """A shard while it is written."""
-
-    def __init__(self, folder: Path, number: int, dtype: np.dtype) -> None:
-        self.files = [(folder / f"shard-{number:05d}.{kind}").open("wb") for kind in KINDS]
-        self.hashes = [hashlib.sha256() for _ in KINDS]
-        self.dtype = dtype
-        self.documents = self.tokens = 0
-
-    def append(self, ids: np.ndarray) -> None:
-        self.documents += 1
-        self.tokens += len(ids)
-        parts = ids.astype(self.dtype).tobytes(), np.array([self.tokens], "<i8").tobytes()
-        for file, digest, data in zip(self.files, self.hashes, parts, strict=True):
-            file.write(data)
-            digest.update(data)
-
-    def close(self) -> dict[str, Any]:
-        """Flush to the disk; the shard's entry in dataset.json."""
-        for file in self.files:
-            if not file.closed:
-                file.flush()
-                os.fsync(file.fileno())
-                file.close()
-        sums = {kind: digest.hexdigest() for kind, digest in zip(KINDS, self.hashes, strict=True)}
-        return {"documents": self.documents, "tokens": self.tokens, "sha256": sums}
+def _render(value: dict[str, Any]) -> bytes:
+    """The bytes of dataset.json: the value, and the sum of it."""
+    body = json.dumps({k: v for k, v in value.items() if k != "sum"}, indent=1)
+    total = hashlib.sha256(body.encode()).hexdigest()
+    return (body.removesuffix("\n}") + f',\n "sum": "{total}"\n}}\n').encode()
 
 
 def _read_json(folder: Path) -> dict[str, Any]:
-    """dataset.json, with every part of the right type."""
+    """dataset.json, with every part of the right type, and unchanged."""
     file = folder / DATASET_FILE
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        data = file.read_bytes()
+        value = json.loads(data)
     except OSError as error:
         raise DataError(f"{file}: {error.strerror}; expected the directory of a token dataset") from error
     except (ValueError, RecursionError) as error:
@@ -239,30 +344,11 @@ def _read_json(folder: Path) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         got = value.get("format") if isinstance(value, dict) else type(value).__name__
         raise DataError(f"{file} has format {got!r}; this mmtok reads format {FORMAT}")
-    shards = value.get("shards")
-    fine = isinstance(value.get("registry"), str) and isinstance(value.get("dtype"), str) and isinstance(shards, list)
-    for entry in shards if isinstance(shards, list) else []:
-        counts = isinstance(entry, dict) and [entry.get(key) for key in ("documents", "tokens")]
-        sums = isinstance(entry, dict) and entry.get("sha256")
-        fine &= isinstance(counts, list) and all(type(n) is int and n >= 1 for n in counts)
-        fine &= isinstance(sums, dict) and all(isinstance(sums.get(kind), str) for kind in KINDS)
-    if not fine:
-        raise DataError(
-            f"{file} is damaged: expected registry, dtype, and of each shard documents, tokens and sha256; "
-            "fetch or build the dataset again"
-        )
+    fine = all(isinstance(value.get(k), kind) for k, kind in _VALUE.items())
+    fine = fine and all(type(value["quarantine"].get(k)) is kind for k, kind in _LEFT_OUT.items())
+    for entry in value["shards"] if fine else []:
+        fine &= isinstance(entry, dict) and all(type(entry.get(k)) is kind for k, kind in _ENTRY.items())
+        fine = fine and entry["documents"] >= 1 and entry["tokens"] >= 1 and Path(entry["file"]).name == entry["file"]
+    if not fine or _render(value) != data:
+        raise DataError(f"{file} is damaged or was edited; fetch or build the dataset again")
     return value
-
-
-def _map(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """``count`` numbers of a file, memory-mapped."""
-    try:
-        size = file.stat().st_size
-    except OSError as error:
-        raise DataError(f"{file}: {error.strerror}; fetch or build the dataset again") from error
-    if size != count * dtype.itemsize:
-        raise DataError(
-            f"{file} has {size} bytes, expected {count * dtype.itemsize} ({count} of {dtype.name}); it was cut or "
-            "belongs to another dataset: fetch or build the dataset again"
-        )
-    return np.memmap(file, dtype, "r")
