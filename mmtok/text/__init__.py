@@ -1,4 +1,5 @@
 """Text subword models."""
 
 from mmtok.text.bpe import ByteLevelBPE as ByteLevelBPE
-from mmtok.text.bpe import StreamDecoder as StreamDecoder
+from mmtok.text.bytelevel import ByteLevelTokenizer as ByteLevelTokenizer
+from mmtok.text.bytelevel import StreamDecoder as StreamDecoder

@@ -1,59 +1,31 @@
 """Byte-level BPE: lossless for every Unicode string, and without special tokens, so that text is only ever text.
 
 Byte-pair encoding of words (https://arxiv.org/abs/1508.07909) over UTF-8 bytes, as GPT-2 does it, with the split
-pattern of GPT-4. Training and encoding are those of Hugging Face ``tokenizers``; its ``tokenizer.json`` is the
-canonical file.
+pattern of GPT-4. Training is that of Hugging Face ``tokenizers``, whose ``tokenizer.json`` is the canonical file and
+whose ids are the ones that any engine must give (:mod:`mmtok.text.engines`).
 """
 
 from __future__ import annotations
 
-import codecs
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, Self
 
-import numpy as np
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
-from mmtok import checkpoints
-from mmtok.documents import check_text
-from mmtok.errors import CheckpointError, ConfigError, MediaError, VocabularyError
-
-FILE = "tokenizer.json"
-# GPT-4's, in the spelling of Llama 3's tokenizer.json, which other engines recognise.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PIECE = 1_000_000
-# Every character of one and two bytes, a few longer ones, space in all places: encoding it proves a file lossless.
-_PROBE = "  it's " + "".join(map(chr, range(0x800))) + " \n\t  \ufeff\u2581\U0001f600 <|endoftext|> 12345  \r\n "
+from mmtok.errors import CheckpointError
+from mmtok.text.bytelevel import FILE as FILE
+from mmtok.text.bytelevel import ByteLevelTokenizer, byte_table, check_vocab_size
 
 
-class ByteLevelBPE:
-    """A text tokenizer. Immutable; what ``encode`` returns depends on the text alone.
-
-    Args:
-        tokenizer_json: the text of a ``tokenizer.json`` with a byte-level BPE model, no normaliser and no added tokens.
-
-    Raises:
-        CheckpointError: the file is not of that sort; the message says in what.
-    """
+class ByteLevelBPE(ByteLevelTokenizer):
+    """Byte-pair encoding; see :class:`ByteLevelTokenizer`."""
 
     kind: ClassVar[str] = "text-bpe"
-    modality: ClassVar[str] = "text"
-
-    def __init__(self, tokenizer_json: str) -> None:
-        self._json = tokenizer_json
-        self._id_to_bytes = _byte_table(tokenizer_json)
-        self._tokenizer = Tokenizer.from_str(tokenizer_json)
-        if self.decode(self.encode([_PROBE])) != [_PROBE]:
-            raise CheckpointError("expected a lossless byte-level BPE, but its pre-tokenizer changes or drops text")
+    noun: ClassVar[str] = "byte-level BPE"
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> ByteLevelBPE:
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
         """Learn merges from texts.
 
         Args:
@@ -65,13 +37,7 @@ class ByteLevelBPE:
             ConfigError: ``vocab_size`` below 256.
             MediaError: a text that is not str or holds a lone surrogate.
         """
-        if vocab_size < 256:
-            raise ConfigError(f"got vocab_size {vocab_size}, expected at least 256 (one id for each byte)")
-        tokenizer = Tokenizer(models.BPE())
-        split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
-        tokenizer.decoder = decoders.ByteLevel()
+        check_vocab_size(vocab_size)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             min_frequency=2,
@@ -79,194 +45,25 @@ class ByteLevelBPE:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        tokenizer.train_from_iterator((piece for text in _checked(texts) for piece in _pieces(text)), trainer)
-        return cls(tokenizer.to_str())
-
-    @property
-    def codebook_sizes(self) -> tuple[int, ...]:
-        """(number of ids,)."""
-        return (len(self._id_to_bytes),)
-
-    @property
-    def properties(self) -> dict[str, Any]:
-        """What a registry keeps beside the sizes: nothing for text."""
-        return {}
-
-    @property
-    def tokenizer_json(self) -> str:
-        """The text of its tokenizer.json."""
-        return self._json
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """sha256 over config and tokenizer.json: what the ids mean."""
-        return checkpoints.fingerprint(self.kind, self._config_json(), self._files())
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int64 [n]. Nothing in a text is special: "<image>" is seven characters.
-
-        A text of more than 1,000,000 characters is encoded in pieces of that length.
-
-        Raises:
-            MediaError: not a list of str, or a text with a lone surrogate, with its position.
-        """
-        if isinstance(texts, str | bytes):
-            raise MediaError(f"got a single {type(texts).__name__}, expected a list of str: encode([text])")
-        pieces, counts = [], []
-        for text in _checked(texts):
-            parts = _pieces(text)
-            pieces += parts
-            counts.append(len(parts))
-        encodings = iter(self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False))
-        return [np.concatenate([np.array(next(encodings).ids, np.int64) for _ in range(n)]) for n in counts]
-
-    def decode(self, codes: Sequence[Any]) -> list[str]:
-        """The text of each id sequence. Bytes that are not UTF-8, as sampled ids may give, become U+FFFD.
-
-        Raises:
-            VocabularyError: not integers, or out of range, with the position.
-        """
-        return [data.decode("utf-8", errors="replace") for data in self.decode_bytes(codes)]
-
-    def decode_bytes(self, codes: Sequence[Any]) -> list[bytes]:
-        """The exact bytes of each id sequence.
-
-        Raises:
-            VocabularyError: not integers, or out of range, with the position.
-        """
-        table = self._id_to_bytes
-        return [b"".join([table[i] for i in self._check_ids(ids).tolist()]) for ids in codes]
-
-    def stream(self) -> StreamDecoder:
-        """A decoder for ids that arrive one by one."""
-        return StreamDecoder(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write config.json, tokenizer.json and mmtok.json to a directory, atomically."""
-        checkpoints.save_checkpoint(path, self.kind, self._config_json(), self._files())
+        return cls._train(models.BPE(), trainer, texts)
 
     @classmethod
-    def load(cls, path: str | Path) -> ByteLevelBPE:
-        """Read a directory that ``save`` wrote.
-
-        Raises:
-            CheckpointError: missing, damaged, of another kind, or not a lossless byte-level BPE.
-        """
-        meta, config_json, files, directory = checkpoints.read_checkpoint(path)
-        if meta["kind"] != cls.kind:
-            raise CheckpointError(f"{directory} holds a {meta['kind']!r}, expected a {cls.kind!r}")
-        if FILE not in files:
-            raise CheckpointError(f"{directory} has no {FILE}; save or fetch the checkpoint again")
+    def _read(cls, tokenizer_json: str) -> tuple[bytes, ...]:
         try:
-            model = cls(files[FILE].decode("utf-8"))
-        except (CheckpointError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{directory / FILE}: {error}") from error
-        if config_json != model._config_json():
-            raise CheckpointError(f"{directory}: config.json does not describe its {FILE}; save it again")
-        return model
-
-    def __reduce__(self) -> tuple[type[ByteLevelBPE], tuple[str]]:
-        return type(self), (self._json,)
-
-    def _config_json(self) -> str:
-        return json.dumps({"vocab_size": len(self._id_to_bytes)}, indent=2) + "\n"
-
-    def _files(self) -> dict[str, bytes]:
-        return {FILE: self._json.encode("utf-8")}
-
-    def _check_ids(self, ids: Any) -> np.ndarray:
-        array = np.asarray(ids)
-        if array.size == 0 and array.ndim <= 1:
-            return np.zeros(0, np.int64)
-        if array.ndim != 1 or array.dtype.kind not in "iu":
-            raise VocabularyError(f"got ids {array.dtype} {list(array.shape)}, expected a sequence of integers [n]")
-        size = len(self._id_to_bytes)
-        bad = np.flatnonzero((array < 0) | (array >= size))
-        if bad.size:
-            raise VocabularyError(f"position {bad[0]}: got text id {array[bad[0]]}, expected 0..{size - 1}")
-        return array
-
-
-class StreamDecoder:
-    """Turns ids into text piece by piece and never gives half a character.
-
-    The pieces of ``push`` and the last one of ``finish``, joined, are what ``decode`` gives for all ids at once.
-    """
-
-    def __init__(self, tokenizer: ByteLevelBPE) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, ids: Any) -> str:
-        """The text that these ids complete; "" while a character is unfinished.
-
-        Args:
-            ids: one int, or integers [n].
-
-        Raises:
-            VocabularyError: as :meth:`ByteLevelBPE.decode`.
-        """
-        (data,) = self._tokenizer.decode_bytes([np.atleast_1d(np.asarray(ids))])
-        return self._decoder.decode(data)
-
-    def finish(self) -> str:
-        """What is left: U+FFFD if the last character was never finished, else "". The decoder can be used again."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
-
-
-def _checked(texts: Iterable[str]) -> Iterator[str]:
-    """The texts, each one valid Unicode."""
-    for position, text in enumerate(texts):
-        try:
-            check_text(text)
-        except MediaError as error:
-            raise MediaError(f"text {position}: {error}") from error
-        yield text
-
-
-def _pieces(text: str) -> list[str]:
-    """The text cut every ``_PIECE`` characters: the regex engine of tokenizers panics on 10 million spaces in a row."""
-    return [text[i : i + _PIECE] for i in range(0, len(text), _PIECE)] or [""]
-
-
-def _byte_table(tokenizer_json: str) -> tuple[bytes, ...]:
-    """The bytes of each id, after checking that the tokenizer is complete and knows no special token."""
-    try:
-        spec = json.loads(tokenizer_json)
-        model, added, normalizer = spec["model"], spec["added_tokens"], spec["normalizer"]
-        kind, vocab, merges = model["type"], model["vocab"], model["merges"]
-        lossy = [k for k in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix") if model[k]]
-        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
-        known = all(a in vocab and b in vocab and a + b in vocab for a, b in pairs)
-        ids = sorted(vocab.values())
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"expected the tokenizer.json of a BPE model ({error!r})") from error
-    problems = {
-        f"the model is {kind!r}": kind != "BPE",
-        "it has added tokens, which text could then produce": bool(added),
-        "it has a normaliser, which loses text": normalizer is not None,
-        f"the model sets {', '.join(lossy)}": bool(lossy),
-        "a merge names a token that is not in the vocabulary": not known,
-        f"the ids are not 0..{len(vocab) - 1} without gaps": ids != list(range(len(vocab))),
-    }
-    if any(problems.values()):
-        found = "; ".join(text for text, wrong in problems.items() if wrong)
-        raise CheckpointError(f"expected a plain byte-level BPE, but {found}")
-    to_byte = _byte_of_character()
-    try:
-        table = {i: bytes(to_byte[c] for c in token) for token, i in vocab.items()}
-    except KeyError as error:
-        raise CheckpointError(f"expected a byte-level BPE, but {error} in its vocabulary stands for no byte") from error
-    missing = 256 - len({b for b in table.values() if len(b) == 1})
-    if missing:
-        raise CheckpointError(f"expected a byte-level BPE, but {missing} of the 256 bytes have no id")
-    return tuple(table[i] for i in range(len(table)))
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's printable stand-ins of the 256 bytes: printable Latin-1 for itself, the rest from U+0100 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {**{chr(b): b for b in printable}, **{chr(256 + n): b for n, b in enumerate(others)}}
+            spec = json.loads(tokenizer_json)
+            model, vocab, merges = spec["model"], spec["model"]["vocab"], spec["model"]["merges"]
+            lossy = [k for k in ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix") if model[k]]
+            pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in merges]
+            known = all(a in vocab and b in vocab and a + b in vocab for a, b in pairs)
+            tokens = sorted(vocab, key=vocab.__getitem__)
+            problems = {
+                f"the model is {model['type']!r}": model["type"] != "BPE",
+                f"the model sets {', '.join(lossy)}": bool(lossy),
+                "a merge names a token that is not in the vocabulary": not known,
+                f"the ids are not 0..{len(vocab) - 1} without gaps": [vocab[t] for t in tokens] != [*range(len(vocab))],
+            }
+            return byte_table(spec, tokens, problems, cls.noun)
+        except CheckpointError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"expected the tokenizer.json of a BPE model ({error!r})") from error
