@@ -171,25 +171,39 @@ class MultimodalTokenizer:
         Raises:
             VocabularyError: no such tokenizer, or one of another modality.
         """
-        modality = type(segment).__name__.lower()
-        spec = self.choose(modality, tokenizer)
+        return self.codes_of([segment], tokenizer)[0]
+
+    def codes_of(self, segments: Sequence[Text | Image | Audio], tokenizer: str | None = None) -> list[Any]:
+        """Codes of several segments of one modality, which the tokenizer gets together: each as ``codes`` gives it.
+
+        Raises:
+            VocabularyError: as ``codes``, or segments of several modalities.
+        """
+        modalities = {type(segment).__name__.lower() for segment in segments}
+        if len(modalities) != 1:
+            raise VocabularyError(
+                f"got {', '.join(sorted(modalities)) or 'nothing'}, expected segments of one modality"
+            )
+        spec = self.choose(modalities.pop(), tokenizer)
         model = self.tokenizers[spec.name]
         levels = len(spec.codebook_sizes)  # the first levels of a residual quantizer do not depend on how many follow
-        match segment:
-            case Text(text):
-                return model.encode([text])[0]
-            case Image(pixels):
-                codes = model.encode(torch.from_numpy(pixels.copy())[None])[0].numpy()
-                if codes.ndim == 3:  # of a residual quantizer
-                    codes = codes[..., 0] if levels == 1 else codes[..., :levels]
-                return codes
-            case Audio(samples, rate):
-                mono = samples if len(samples) == 1 else samples.mean(0, keepdims=True)
-                mono = media.resample(mono, rate, int(spec.properties["sample_rate"]))
-                codes = model.encode(torch.from_numpy(np.array(mono, np.float32))[None])
-                if isinstance(codes, Sequence):
-                    return tuple(level[0].numpy() for level in codes[:levels])
-                return codes[0, :levels].numpy()
+        if spec.modality == "text":
+            return list(model.encode([x.text for x in segments if isinstance(x, Text)]))
+        if spec.modality == "image":
+            found = model.encode([torch.from_numpy(x.pixels.copy()) for x in segments if isinstance(x, Image)])
+            several = [codes.numpy() for codes in found]
+            # of a residual quantizer
+            return [c if c.ndim == 2 else c[..., 0] if levels == 1 else c[..., :levels] for c in several]
+        return [self._sound_codes(x, model, levels, spec) for x in segments if isinstance(x, Audio)]
+
+    def _sound_codes(self, sound: Audio, model: Any, levels: int, spec: TokenizerSpec) -> Any:
+        samples = sound.samples
+        mono = samples if len(samples) == 1 else samples.mean(0, keepdims=True)
+        mono = media.resample(mono, sound.sample_rate, int(spec.properties["sample_rate"]))
+        codes = model.encode(torch.from_numpy(np.array(mono, np.float32))[None])
+        if isinstance(codes, Sequence):
+            return tuple(level[0].numpy() for level in codes[:levels])
+        return codes[0, :levels].numpy()
 
     def fit(self, segment: Segment, image_size: int | None = None, tokenizer: str | None = None) -> Segment:
         """An image fitted into a square of whole codes, on white; any other segment stays as it is.
