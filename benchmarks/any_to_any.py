@@ -34,7 +34,7 @@ from mmtok import media
 from mmtok.documents import Audio, Image, Text
 from mmtok.evaluation.roundtrip import roundtrip_audio, roundtrip_image
 from mmtok.multimodal import MultimodalTokenizer
-from mmtok.training.corpus import read_manifest
+from mmtok.training import corpus
 from mmtok.transformer import Request, Sampling, Transformer, generate
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -152,7 +152,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     manifest = args.data / "trimodal.jsonl"
-    everything = [Concept(d, args.data) for d in track(list(read_manifest(manifest)), "reading")]
+    everything = [Concept(d, args.data) for d in track(list(corpus.documents(manifest)), "reading")]
     judges, answers = Judges(everything), Answers(args.model)
 
     # 1. Decodability: nine directions, ten answers each, at temperature 1.

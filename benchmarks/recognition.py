@@ -28,7 +28,8 @@ from pocketsphinx import Decoder
 from torchaudio.functional import edit_distance
 
 from mmtok import media
-from mmtok.training.corpus import bucket, read_manifest
+from mmtok.training import corpus
+from mmtok.training.corpus import bucket
 
 RATE = 16_000
 PACKAGES = ("asterisk-core-sounds-en", "asterisk-core-sounds-en-g722", "pocketsphinx-testdata")
@@ -191,7 +192,7 @@ def names(data: Path, split: str) -> tuple[list[Utterance], list[str]]:
     every = {p.relative_to(stamps).with_suffix("").as_posix(): _name(p) for p in sorted(stamps.rglob("*.txt"))}
     splits = ("test", "pair-test", "val") if split == "test" else (split,)
     out = []
-    for document in read_manifest(data / "audio.jsonl"):
+    for document in corpus.documents(data / "audio.jsonl"):
         concept = document["id"].removeprefix("stamps/").removesuffix("_desc")
         if document["source"] == "speech" and document["language"] == "en" and document["split"] in splits:
             path = data / document["segments"][0]["path"]

@@ -63,13 +63,23 @@ def read_text(path: PathLike) -> str:
         MediaError: not a file, larger than ``MAX_TEXT_BYTES``, or not UTF-8 (with the position of the first bad byte).
     """
     size = check_file(path)
-    if size > MAX_TEXT_BYTES:
-        raise MediaError(f"{path}: {size} bytes of text, the limit is {MAX_TEXT_BYTES}; split the file")
-    data = os_call(path, Path(path).read_bytes)
+    _check_text_bytes(path, size)
+    return decode_text(os_call(path, Path(path).read_bytes), path)
+
+
+def decode_text(data: bytes, name: PathLike) -> str:
+    """As :func:`read_text`, of the bytes of a file; ``name`` begins the messages."""
+    _check_text_bytes(name, len(data))
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise MediaError(f"{path}: byte {error.start} is not UTF-8 ({error.reason}); save the text as UTF-8") from error
+        raise MediaError(f"{name}: byte {error.start} is not UTF-8 ({error.reason}); save the text as UTF-8") from error
+
+
+def _check_text_bytes(name: PathLike, size: int) -> None:
+    """Refuse a text file of more than ``MAX_TEXT_BYTES``."""
+    if size > MAX_TEXT_BYTES:
+        raise MediaError(f"{name}: more than {MAX_TEXT_BYTES} bytes of text, which is the limit; split the file")
 
 
 def read_image(path: PathLike, mode: str = "RGB", background: tuple[int, int, int] = _WHITE) -> np.ndarray:

@@ -25,7 +25,8 @@ from mmtok import media
 from mmtok.documents import Audio, Image, Text
 from mmtok.errors import ConfigError, DataError
 from mmtok.multimodal import MultimodalTokenizer
-from mmtok.training.corpus import digest_of, read_folder, read_manifest
+from mmtok.training import corpus
+from mmtok.training.corpus import digest_of
 from mmtok.training.distributed import rank, world
 from mmtok.training.inherit import inherit
 from mmtok.training.lm import SequenceLoss
@@ -111,7 +112,7 @@ class Concept:
 
 def load_concepts(data: Path, split: str, mm: MultimodalTokenizer, voice: str) -> list[Concept]:
     """Encode the documents of a split. Of a pair-test document the recordings are left out of training."""
-    documents = list(read_folder(data) if data.is_dir() else read_manifest(data))
+    documents = list(corpus.documents(data))
     voiced = any("voice" in s for d in documents for s in d["segments"])
     wanted = [d for d in documents if d["split"] in ((split, "pair-test") if split == "train" else (split,))]
     if not wanted:

@@ -24,7 +24,7 @@ from mmtok.errors import CheckpointError, ConfigError, DataError
 from mmtok.grammar import Grammar
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
 from mmtok.training import distributed
-from mmtok.training.corpus import bucket, digest_of, items, read_folder, read_manifest, split_of
+from mmtok.training.corpus import bucket, digest_of, documents, items, split_of
 from mmtok.training.data import load_audio, load_images
 from mmtok.training.lm import SequenceLoss
 from mmtok.training.loop import LOG, STATE, LoopConfig, fit, prepare_torch, rng
@@ -331,9 +331,9 @@ def test_manifest(tmp_path):
     ]  # fmt: skip
     path = tmp_path / "m.jsonl"
     path.write_text("\n".join(json.dumps(x) for x in lines) + "\n\n", encoding="utf-8")
-    documents = list(read_manifest(path))
-    assert [d["id"] for d in documents] == ["cow", "7", "line-3"]
-    assert documents[2]["split"] == split_of("line-3")
+    found = list(documents(path))
+    assert [d["id"] for d in found] == ["cow", "7", "line-3"]
+    assert found[2]["split"] == split_of("line-3")
     (item,) = items(path, "image", "train")
     assert (item.document, item.source, item.path) == ("cow", "farm", tmp_path / "cow.png")
     assert items(path, "image", "val")[0].document == "7"
@@ -354,12 +354,12 @@ def test_damaged_manifest(tmp_path, line):
     path = tmp_path / "m.jsonl"
     path.write_bytes(b'{"segments": []}\n' + line + b"\n")
     with pytest.raises(DataError, match=r"m\.jsonl:2: "):
-        list(read_manifest(path))
+        list(documents(path))
 
 
 def test_no_manifest(tmp_path):
     with pytest.raises(DataError, match=r"cannot read the manifest .*prepare\.py"):
-        list(read_manifest(tmp_path / "none.jsonl"))
+        list(documents(tmp_path / "none.jsonl"))
 
 
 # --- media in memory
@@ -529,7 +529,7 @@ def test_files_of_one_stem_are_one_document(tmp_path: Path) -> None:
     (tmp_path / "farm" / "cow.txt").write_text("a cow", encoding="utf-8")
     for name in ("farm/cow.png", "farm/cow.wav", "hen.png", "farm/readme.pdf"):
         (tmp_path / name).write_bytes(b"x")
-    cow, hen = read_folder(tmp_path)
+    cow, hen = documents(tmp_path)
     assert cow["id"] == "farm/cow"
     assert cow["split"] == split_of("farm/cow")
     assert {s["type"]: s["path"] for s in cow["segments"]} == {
@@ -537,4 +537,4 @@ def test_files_of_one_stem_are_one_document(tmp_path: Path) -> None:
     }
     assert next(s["text"] for s in cow["segments"] if s["type"] == "text") == "a cow"
     assert [s["type"] for s in hen["segments"]] == ["image"]
-    assert [d["id"] for d in read_folder(tmp_path, ("audio",))] == ["farm/cow"]
+    assert [d["id"] for d in documents(tmp_path, ("audio",))] == ["farm/cow"]

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from noise import SPLITS, encoded, keys, looks_like, names, pixels, write_tar
 
 from mmtok import media
+from mmtok.datasets.files import expand_braces
+from mmtok.datasets.webdataset import pictures
 from mmtok.errors import DataError, MediaError
 from mmtok.training.data import load_images
 from mmtok.training.pictures import open_pictures
-from mmtok.training.webdataset import expand_braces, members
 
 
 def test_shards_are_read_in_place(tmp_path):
@@ -73,7 +74,7 @@ def test_what_is_a_sample(tmp_path):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/hostname"
             tar.addfile(info)
-    found = {x.key: x for x in members(str(shard), shard.stat().st_size, 0)}
+    found = {x.key: x for x in pictures(str(shard), shard.stat().st_size, 0)}
     assert sorted(found) == ["../../evil", "/abs", "cow", "dir.v1/pig", "hen"]
     assert {x.read() for x in found.values()} == {image}
     assert [x.name for x in tmp_path.rglob("*")] == ["deep", "x.tar"]
@@ -92,12 +93,12 @@ def test_every_way_to_name_shards(tmp_path):
     assert names(f"{tmp_path}/s/{{005,00[12],005}}.tar", "train") == [every[5], every[1], every[2]]
     assert names(f"{tmp_path}/{{s,}}/00{{1,{{3..4}}}}.tar".replace("{s,}", "s"), "train") == [every[1], *every[3:5]]
     for source, words in {
-        "s/{010..012}.tar": r"no such shard: .*s/012\.tar",
+        "s/{010..012}.tar": r"no such file: .*s/012\.tar",
         "s/9*.tar": "no file matches",
         "s/*": r"000_stats\.json matches, expected only \.tar",
         "s/x.tar.gz": r"is compressed, expected plain \.tar",
         "s/none.tar": "cannot read the shard",
-        "s/{0..99999999999999}.tar": r"no such shard: .*/0\.tar",
+        "s/{0..99999999999999}.tar": r"no such file: .*/0\.tar",
     }.items():
         with pytest.raises(DataError, match=words):
             open_pictures(tmp_path / source, "train")

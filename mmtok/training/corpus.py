@@ -1,29 +1,21 @@
-"""What the recipes read: manifests or folders of media, and the splits, fixed by a hash of the path.
+"""What the recipes read: manifests or folders of media (:mod:`mmtok.datasets.manifest`), and the splits.
 
-A manifest is JSONL, one document a line, paths relative to the manifest:
-
-    {"id": "cow", "split": "train",
-     "segments": [{"type": "text", "text": "a cow"}, {"type": "image", "path": "cow.png"}]}
-
-In a folder, files that differ in their suffix alone are one document.
+documents      -- every document of a manifest or a folder, with its split
+items          -- every segment of one modality in one split
+split_of       -- the split of a document that names none, fixed by a hash of its name
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmtok.datasets.manifest import SUFFIXES, read_folder, read_manifest
 from mmtok.errors import DataError
-
-SUFFIXES = {
-    "image": (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"),
-    "audio": (".wav", ".flac", ".ogg", ".opus", ".mp3"),
-    "text": (".txt", ".md", ".py", ".rst"),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,58 +60,29 @@ def digest_of(names: Iterable[str]) -> str:
     return f"{len(names)} named {found[:12]}"
 
 
-def read_manifest(path: Path) -> Iterator[dict[str, Any]]:
-    """The documents of a JSONL manifest.
-
-    Raises:
-        DataError: the file is missing, or a line is not a document; the message names the line.
-    """
-    try:
-        handle = path.open("rb")
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot read the manifest ({error.strerror}); run recipes/prepare.py first?"
-        ) from error
-    with handle:
-        for number, line in enumerate(handle, 1):
-            if not line.strip():
-                continue
-            try:
-                document = json.loads(line)
-                segments = document["segments"]
-                ok = isinstance(segments, list) and all(
-                    isinstance(s["text"] if s["type"] == "text" else s["path"], str) for s in segments
-                )
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{path}:{number}: not a document ({error}); expected {{'id', 'segments': [...]}}"
-                ) from error
-            if not ok:
-                raise DataError(f"{path}:{number}: every segment needs a type, and text or path")
-            document["id"] = str(document.get("id", f"line-{number}"))
-            document.setdefault("split", split_of(document["id"]))
-            yield document
-
-
-def read_folder(folder: Path, modalities: Sequence[str] = tuple(SUFFIXES)) -> Iterator[dict[str, Any]]:
-    """A folder as documents: files that differ in their suffix alone (cow.png, cow.wav, cow.txt) are one document.
+def documents(source: Path, modalities: Sequence[str] = tuple(SUFFIXES)) -> Iterator[dict[str, Any]]:
+    """The documents of a manifest or a folder, with ``split``, and paths relative to it.
 
     Args:
-        folder: searched to the bottom.
-        modalities: which files are looked at.
+        source: a JSONL file, or a folder; what cannot be read in a folder is reported and left out.
+        modalities: which files of a folder are looked at.
+
+    Raises:
+        DataError: the source is missing, or a line of a manifest is not a document; the message names the line.
     """
-    together: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        modality = next((m for m in modalities if path.suffix.lower() in SUFFIXES[m]), None)
-        if modality is None:
+    folder = source.is_dir()
+    if not folder and not source.exists():
+        raise DataError(f"{source}: cannot read the manifest (no such file); run recipes/prepare.py first?")
+    for document in read_folder(source, modalities) if folder else read_manifest(source):
+        if "error" in document and not folder:
+            raise DataError(document["error"])
+        if "error" in document:
+            print(f"left out: {document['error']}", file=sys.stderr)
             continue
-        relative = path.relative_to(folder)
-        segment = {"type": modality, "path": str(relative)}
-        if modality == "text":
-            segment["text"] = path.read_text(encoding="utf-8", errors="ignore")
-        together.setdefault(relative.with_suffix("").as_posix(), []).append(segment)
-    for key, segments in together.items():
-        yield {"id": key, "split": split_of(key), "source": folder.name, "segments": segments}
+        document.setdefault("split", split_of(document["id"]))
+        if folder:
+            document["source"] = source.name
+        yield document
 
 
 def items(source: Path, modality: str, split: str | None) -> list[Item]:
@@ -128,11 +91,10 @@ def items(source: Path, modality: str, split: str | None) -> list[Item]:
     Raises:
         DataError: there is none.
     """
-    folder = source.is_dir()
-    root = source if folder else source.parent
+    root = source if source.is_dir() else source.parent
     out = [
         Item(document["id"], str(document["split"]), str(document.get("source", "")), segment, root)
-        for document in (read_folder(source, (modality,)) if folder else read_manifest(source))
+        for document in documents(source, (modality,))
         for segment in document["segments"]
         if segment["type"] == modality
     ]

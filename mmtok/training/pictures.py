@@ -32,10 +32,11 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mmtok import media
+from mmtok.datasets import tables
+from mmtok.datasets.webdataset import Member, find_shards, pictures
 from mmtok.errors import DataError, MediaError
 from mmtok.sniffing import one_line
 from mmtok.training.corpus import items, split_of
-from mmtok.training.webdataset import Member, find_shards, members
 
 # What others call the parts of their data, most usual first.
 PARTS = {
@@ -148,7 +149,7 @@ def _pictures_of_shards(shards: list[Path]) -> list[Picture]:
         stamp = (str(shard), status.st_size, status.st_mtime_ns)
         out += [
             Picture(x.key, shard.stem, (*stamp, x.offset, x.size), functools.partial(_read_member, x))
-            for x in members(*stamp)
+            for x in pictures(*stamp)
         ]
     return out
 
@@ -276,22 +277,11 @@ def _tree(root: Path) -> str:
 
 def _hugging_face(source: str, rest: str) -> dict[str, Part]:
     """The splits of a data set of the library ``datasets``."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{source}: needs the library datasets; pip install 'mmtok[hf]'") from error
-
     name, column = rest, ""
     if ":" in rest and not Path(rest).exists():
         name, _, column = rest.rpartition(":")
-    saved = any((Path(name) / x).is_file() for x in ("dataset_dict.json", "state.json"))
-    try:
-        found = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
-    except (*_LIBRARY_ERRORS, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source}: cannot be opened ({one_line(error)})") from error
-    if isinstance(found, datasets.Dataset):
-        found = {found.split or "train": found}
-    splits = {str(k): functools.partial(_pictures_of_table, source, name, str(k), v, column) for k, v in found.items()}
+    found = tables.splits(name, source)
+    splits = {k: functools.partial(_pictures_of_table, source, name, k, v, column) for k, v in found.items()}
     parts: dict[str, Part] = {k: v for k, v in splits.items() if not any(k in names for names in PARTS.values())}
     for part, names in PARTS.items():
         if own := next((x for x in names if x in splits), None):
