@@ -209,7 +209,8 @@ class Shard:
                         f"{file} has {size} bytes, expected {entry['bytes']}; it was cut or belongs to another "
                         "dataset: fetch or build the dataset again"
                     )
-                self._bytes = np.frombuffer(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+                self._bytes = np.frombuffer(self._map, np.uint8)
         except OSError as error:
             raise DataError(f"{file}: {error.strerror}; fetch or build the dataset again") from error
         views = self._read_header(registry)
@@ -262,6 +263,23 @@ class Shard:
     def copy(self, start: int, stop: int, out: np.ndarray) -> None:
         """Ids start..stop of the shard into ``out``, integers [stop - start]; raises as ``ids``."""
         out[...] = self.ids(start, stop)
+
+    @property
+    def raw(self) -> memoryview:
+        """All ids as bytes, as they are stored: not checked, for who has read the same with ``ids`` before."""
+        return self._tokens.data.cast("B")
+
+    def check_size(self) -> None:
+        """Whether the file still has its size: to read what was cut off would end the process.
+
+        Raises:
+            DataError: it has not.
+        """
+        if (size := self._map.size()) != len(self._bytes):
+            raise DataError(
+                f"{self.file} was changed while it was read: it has {size} bytes, expected {len(self._bytes)}; "
+                "fetch or build the dataset again"
+            )
 
     def spans(self, document: int) -> np.ndarray:
         """int32 [s, 6] of a document: ``SPAN_COLUMNS``."""

@@ -288,6 +288,20 @@ class TokenDataset:
         except (OSError, ValueError) as error:
             raise DataError(f"{file} cannot be read ({error}); build the dataset again") from error
 
+    def check_unchanged(self) -> None:
+        """Whether the directory still holds what was opened.
+
+        Raises:
+            DataError: another dataset took its place, or a shard has another size.
+        """
+        if (found := _read_json(self.path)["sum"]) != self.fingerprint:
+            raise DataError(
+                f"{self.path} was changed while it was open: it is dataset {found[:12]}, expected "
+                f"{self.fingerprint[:12]}; open it again"
+            )
+        for shard in self.shards:
+            shard.check_size()
+
     def verify(self) -> None:
         """Compare the sha256 of every file, and every block of the shards, with what is recorded.
 
