@@ -18,9 +18,9 @@ from mmtok.errors import CheckpointError, VocabularyError
 from mmtok.image.published import VQGAN, Emu3VQ, PublishedTokenizer, VQModel
 from mmtok.image.vqvae import ImageVQVAE
 from mmtok.registry import VOCAB_FILE, VocabularyRegistry
-from mmtok.text.bpe import ByteLevelBPE
+from mmtok.text import ByteLevelBPE, ByteLevelUnigram
 
-_TEXT, _IMAGE = (ByteLevelBPE,), (ImageVQVAE, VQGAN, Emu3VQ, VQModel)
+_TEXT, _IMAGE = (ByteLevelBPE, ByteLevelUnigram), (ImageVQVAE, VQGAN, Emu3VQ, VQModel)
 _AUDIO = (SpectralCodec, Encodec, DAC, Mimi, SNAC, XCodec)
 TOKENIZERS = {c.kind: c for c in (*_TEXT, *_IMAGE, *_AUDIO)}
 
@@ -43,7 +43,7 @@ class Tokenizer(Protocol):
 
 def load(
     path: str | Path,
-) -> ByteLevelBPE | ImageVQVAE | PublishedTokenizer | SpectralCodec | Encodec | PublishedCodec:
+) -> ByteLevelBPE | ByteLevelUnigram | ImageVQVAE | PublishedTokenizer | SpectralCodec | Encodec | PublishedCodec:
     """Load a tokenizer; its mmtok.json says which class it is.
 
     Args:

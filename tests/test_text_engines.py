@@ -63,6 +63,16 @@ def test_the_ids_are_those_of_tokenizers(fast: ByteLevelBPE, reference: ByteLeve
     assert fast.decode(fast.encode(texts)) == texts
 
 
+@given(st.text(max_size=60), st.integers(1, 4))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_a_stream_of_its_ids_gives_the_text_and_no_half_character(fast: ByteLevelBPE, text: str, step: int) -> None:
+    (ids,) = fast.encode([text])
+    stream = fast.stream()
+    pieces = [stream.push(ids[i : i + step]) for i in range(0, len(ids), step)]
+    assert "".join(pieces) == text
+    assert stream.finish() == ""
+
+
 def test_long_texts_of_words_and_of_nonsense(fast: ByteLevelBPE, reference: ByteLevelBPE) -> None:
     rng = np.random.default_rng(1)
     words = [*" ".join(probes.PROSE).split(" "), "\n", "\r\n", "  ", "12345"]

@@ -45,7 +45,7 @@ class ByteLevelBPE(ByteLevelTokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        return cls._train(models.BPE(), trainer, texts)
+        return cls(cls._fit(models.BPE(), trainer, texts))
 
     @classmethod
     def _read(cls, tokenizer_json: str) -> tuple[bytes, ...]:

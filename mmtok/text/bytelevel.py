@@ -62,16 +62,16 @@ class ByteLevelTokenizer:
         """The bytes of each id, after all checks of the class."""
         raise NotImplementedError
 
-    @classmethod
-    def _train(cls, model: models.Model, trainer: trainers.Trainer, texts: Iterable[str]) -> Self:
-        """Train a model of ``tokenizers`` on texts, split into words as GPT-4 does."""
+    @staticmethod
+    def _fit(model: models.Model, trainer: trainers.Trainer, texts: Iterable[str]) -> str:
+        """The tokenizer.json of a model of ``tokenizers`` trained on texts, split into words as GPT-4 does."""
         tokenizer = Tokenizer(model)
         split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
         tokenizer.decoder = decoders.ByteLevel()
         tokenizer.train_from_iterator((piece for text in _checked(texts) for piece in _pieces(text)), trainer)
-        return cls(tokenizer.to_str())
+        return tokenizer.to_str()
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
