@@ -88,7 +88,7 @@ def read_manifest(source: str | Path) -> Iterator[dict[str, Any]]:
                     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
                         raise DataError(f"{shown}: looks like UTF-16, expected a manifest in UTF-8; save it as UTF-8")
                     line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
+                if line := line.strip():
                     yield _document(line, number, shown, folder)
     except (OSError, EOFError, zlib.error) as error:
         why = files.reason(error) if isinstance(error, OSError) else one_line(error)
@@ -170,7 +170,7 @@ def _float(digits: str) -> float:
 
 def _check_depth(value: Any) -> None:
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         level = [
             inner
             for x in level

@@ -38,6 +38,7 @@ _ROWS = 256  # read at once
 _CELLS = 16 * 2**20  # bytes of media that are read at once, about
 # What libraries raise on data that is missing or damaged. Nothing broader is caught.
 _LIBRARY_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, NotImplementedError)
+_PLACES = 3  # in one column that are kept: readers may be at work in several
 _BAD = object()
 
 
@@ -357,27 +358,28 @@ def _at_once(size: int, rows: int) -> int:
 
 
 class _ParquetCells:
-    """Cells of one Parquet file; for each column a place in it, from where consecutive rows are near."""
+    """Cells of one Parquet file; each column has a few places in it, from where consecutive rows are near."""
 
     def __init__(self, source: str) -> None:
         self._file = _open_parquet(source)
         counts = [self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)]
         self._starts = [0, *itertools.accumulate(counts)]
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, list[_Place]] = {}
 
     def cell(self, row: int, column: str) -> Any:
         """The cell as Python has it."""
         if not 0 <= row < self._starts[-1]:
             raise IndexError(f"it has {self._starts[-1]} rows")
         group = bisect.bisect_right(self._starts, row) - 1
-        place = self._places.get(column)
-        if place is None or place.group != group or not place.reaches(row):
-            place = self._places[column] = _Place(self._file, group, column, self._starts[group])
+        places = self._places.setdefault(column, [])
+        near = [x for x in places if x.group == group and x.first <= row]
+        place = max(near, key=lambda x: x.first, default=None) or _Place(self._file, group, column, self._starts[group])
+        places[:] = [*(x for x in places if x is not place), place][-_PLACES:]
         return place.cell(row)
 
 
 class _Place:
-    """A place in one column of one row group: the last two batches, and those to come."""
+    """A place in one column of one row group: the last batches of rows, and those to come."""
 
     def __init__(self, file: Any, group: int, column: str, start: int) -> None:
         metadata = file.metadata.row_group(group)
@@ -389,9 +391,10 @@ class _Place:
         self._held: collections.deque[tuple[int, Any]] = collections.deque(maxlen=2)
         self._next = start
 
-    def reaches(self, row: int) -> bool:
-        """Whether a row of the group is held or to come."""
-        return row >= (self._held[0][0] if self._held else self._next)
+    @property
+    def first(self) -> int:
+        """The first row that can be had from here."""
+        return self._held[0][0] if self._held else self._next
 
     def cell(self, row: int) -> Any:
         while row >= self._next:
@@ -492,10 +495,13 @@ class _SplitCells:
     def __init__(self, source: str) -> None:
         name, _, split = source.removeprefix("hf:").rpartition(":")
         self._rows = _open_splits(name, f"hf:{name}")[split].with_format("arrow")
+        self._columns: dict[str, Any] = {}
 
     def cell(self, row: int, column: str) -> Any:
         """The cell as Python has it."""
-        return self._rows.select_columns([column])[row].column(0)[0].as_py()
+        if column not in self._columns:
+            self._columns[column] = self._rows.select_columns([column])
+        return self._columns[column][row].column(0)[0].as_py()
 
 
 # --- cells again ------------------------------------------------------------------------------------------------------
