@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from mmtok.cli import decode, encode, evaluate, generate, import_, migrate, roundtrip, vocab
+from mmtok.cli import dataset, decode, encode, evaluate, generate, import_, migrate, roundtrip, vocab
 from mmtok.errors import MmtokError
 
 _WRONG_USAGE: Any = typer.BadParameter.__mro__[1]  # click's UsageError, under whichever name typer carries it
@@ -26,6 +26,7 @@ app.command("evaluate", no_args_is_help=True)(evaluate.evaluate)
 app.command("import", no_args_is_help=True)(import_.import_)
 vocab.app.command("migrate", no_args_is_help=True)(migrate.migrate)
 app.add_typer(vocab.app, name="vocab")
+app.add_typer(dataset.app, name="dataset")
 app.command("encode", no_args_is_help=True)(encode.encode)
 app.command("decode", no_args_is_help=True)(decode.decode)
 

@@ -79,6 +79,17 @@ def _text(name: str) -> str:
 
 def _chosen(use: Sequence[str], tokenizer: MultimodalTokenizer) -> dict[str, str]:
     """``["audio=NAME"]`` to ``{"audio": NAME}``, each a tokenizer of the vocabulary."""
+    chosen = named(use)
+    for modality, name in chosen.items():
+        try:
+            chosen[modality] = tokenizer.choose(modality, name).name
+        except VocabularyError as error:
+            raise ConfigError(f"--use {modality}={name}: {error}") from error
+    return chosen
+
+
+def named(use: Sequence[str]) -> dict[str, str]:
+    """``["audio=NAME"]`` to ``{"audio": NAME}``."""
     chosen: dict[str, str] = {}
     for item in use:
         modality, _, name = item.partition("=")
@@ -86,10 +97,7 @@ def _chosen(use: Sequence[str], tokenizer: MultimodalTokenizer) -> dict[str, str
             raise ConfigError(f"got --use {item!r}, expected MODALITY=NAME with one of {', '.join(MODALITIES)}")
         if modality in chosen:
             raise ConfigError(f"--use is given twice for {modality!r}; give it once")
-        try:
-            chosen[modality] = tokenizer.choose(modality, name).name
-        except VocabularyError as error:
-            raise ConfigError(f"--use {item}: {error}") from error
+        chosen[modality] = name
     return chosen
 
 

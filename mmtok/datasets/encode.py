@@ -25,7 +25,7 @@ import torch
 from mmtok import media
 from mmtok.config import Config
 from mmtok.datasets.content import Content, local_copy
-from mmtok.datasets.probe import sound_seconds
+from mmtok.datasets.probe import sound_samples
 from mmtok.datasets.shardfile import Record
 from mmtok.documents import Audio, Image, Text, check_text
 from mmtok.errors import ConfigError, MediaError
@@ -60,6 +60,14 @@ class EncodeConfig(Config):
             raise ConfigError(
                 f"got image_size {self.image_size} and max_side {self.max_side}, expected pixels, and one of them 0"
             )
+
+    def fitted(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) of a picture after ``max_side``."""
+        longest = max(size)
+        if not self.max_side or longest <= self.max_side:
+            return size
+        height, width = (max(1, round(x * self.max_side / longest)) for x in size)
+        return height, width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +195,7 @@ class Encoder:
         return _Loaded(segment=Text(segment["text"]))
 
     def _read(self, draft: _Draft, segment: dict[str, Any]) -> _Loaded:
-        """Read a picture, a sound or the file of a text. Runs in a thread."""
+        """Read a picture or a sound. Runs in a thread."""
         if draft.left_out is not None:
             return _Loaded(error="the document is left out")
         try:
@@ -196,8 +204,6 @@ class Encoder:
                 digest = content.sha256
                 if segment["type"] == "image":
                     return _Loaded(segment=self._picture(content), digest=digest)
-                if segment["type"] == "text":
-                    return _Loaded(segment=Text(media.read_text(content.path)), digest=digest)
                 sound = self._sound(content, segment)
                 if isinstance(sound, Audio):
                     return _Loaded(segment=sound, digest=digest)
@@ -207,23 +213,19 @@ class Encoder:
 
     def _picture(self, content: Content) -> Image:
         pixels = media.read_image(content.path)
-        height, width = pixels.shape[1:]
         if self.config.image_size:
             return Image(media.fit_image(pixels, self.config.image_size))
-        longest = max(height, width)
-        if self.config.max_side and longest > self.config.max_side:
-            scale = self.config.max_side / longest
-            height, width = max(1, round(height * scale)), max(1, round(width * scale))
-            pixels = media.resize_image(pixels, height, width)
-        check_grid(self.mm.tokenizers[self.names["image"]].properties, self._grid, content.label, height, width)
-        return Image(pixels)
+        size = (pixels.shape[1], pixels.shape[2])
+        fitted = self.config.fitted(size)
+        check_grid(self.mm.tokenizers[self.names["image"]].properties, self._grid, content.label, *fitted)
+        return Image(pixels if fitted == size else media.resize_image(pixels, *fitted))
 
     def _sound(self, content: Content, segment: dict[str, Any]) -> Audio | Iterator[np.ndarray]:
         """A sound, or of a long one its blocks, float32 [1, n] at the codec's rate."""
         model = self.mm.tokenizers[self.names["audio"]]
         rate = int(model.properties["sample_rate"])
         start, end = segment.get("start"), segment.get("end")
-        if sound_seconds(content.path, start, end) > STREAM_SECONDS and _can_stream(model):
+        if sound_samples(content.path, rate, start, end) > STREAM_SECONDS * rate and _can_stream(model):
             return media.audio_blocks(content.path, rate, start, end)
         return Audio(media.read_audio(content.path, rate, start, end), rate)
 
@@ -411,7 +413,7 @@ def _sizes(segment: Text | Image | Audio | None) -> tuple[int, int]:
 
 def _is_media(segment: dict[str, Any]) -> bool:
     """Whether a segment's content lies in a file."""
-    return segment["type"] in ("image", "audio") or (segment["type"] == "text" and "text" not in segment)
+    return segment["type"] in ("image", "audio")
 
 
 def _can_stream(model: Any) -> bool:

@@ -39,8 +39,8 @@ def image_size(path: media.PathLike) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def sound_seconds(path: media.PathLike, start: float | None = None, end: float | None = None) -> float:
-    """The length of a sound, or of a part of it, in seconds, as its header has it.
+def sound_samples(path: media.PathLike, rate: int, start: float | None = None, end: float | None = None) -> int:
+    """How many samples at ``rate`` Hz ``media.read_audio`` gives of a sound, or of a part of it in seconds.
 
     Raises:
         MediaError: no sound.
@@ -51,5 +51,8 @@ def sound_seconds(path: media.PathLike, start: float | None = None, end: float |
         info = soundfile.info(os.fspath(path))
     except (soundfile.SoundFileError, OSError, ValueError) as error:
         raise MediaError(f"{path}: damaged or cut short audio ({one_line(error)})") from error
-    whole = info.frames / info.samplerate
-    return max(0.0, (whole if end is None else min(end, whole)) - (start or 0.0))
+    first = round((start or 0.0) * info.samplerate)
+    last = info.frames if end is None else min(info.frames, round(end * info.samplerate))
+    if last <= first:
+        raise MediaError(f"{path}: no sample lies between {start} s and {end} s")
+    return -(-(last - first) * rate // info.samplerate)
