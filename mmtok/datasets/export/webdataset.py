@@ -53,7 +53,7 @@ def export_webdataset(dataset: TokenDataset, out: str | Path, advance: Advance =
                         _add(tar, f"{key}.json", line)
                         _add(tar, f"{key}.spans.npy", _npy(rows))
                         number += 1
-                    tar.members.clear()  # it would remember every member
+                    tar.members.clear()  # type: ignore[attr-defined]  # it would remember every one
                     advance(len(part.documents))
     return about
 
