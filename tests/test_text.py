@@ -235,11 +235,15 @@ ADDED = {
 }
 
 
+TRUNCATION = {"direction": "Right", "max_length": 1_000_000, "strategy": "LongestFirst", "stride": 0}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda s: s["added_tokens"].append(ADDED), "added tokens"),
         (lambda s: s.update(normalizer={"type": "NFC"}), "normaliser"),
+        (lambda s: s.update(truncation=TRUNCATION), "cuts texts off"),
         (lambda s: s["model"].update(dropout=0.1), "dropout"),
         (lambda s: s["model"].update(unk_token="a"), "unk_token"),
         (lambda s: s["model"].update(type="WordLevel"), "WordLevel"),
@@ -267,5 +271,5 @@ def test_a_byte_without_an_id(bpe: ByteLevelBPE) -> None:
     spec |= {"version": "1.0", "truncation": None, "padding": None}
     model = dict.fromkeys(("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix"))
     spec["model"] = {**model, "type": "BPE", "vocab": {"a": 0}, "merges": []}
-    with pytest.raises(CheckpointError, match="255 of the 256 bytes"):
+    with pytest.raises(CheckpointError, match="242 of the 243 bytes of UTF-8"):
         ByteLevelBPE(json.dumps(spec))
