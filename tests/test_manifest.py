@@ -183,7 +183,7 @@ def test_manifests_that_cannot_be_read(tmp_path):
     bad[30] ^= 255
     (tmp_path / "bad.jsonl.gz").write_bytes(bad)
     for name, words in {
-        "none.jsonl": "No such file", "a\0b.jsonl": "embedded null", "": "is a directory",
+        "none.jsonl": "no such file", "a\0b.jsonl": "embedded null", "": "is a directory",
         "fifo.jsonl": "is not a regular file", "wide.jsonl": "UTF-16", "cut.jsonl.gz": "end-of-stream",
         "no.jsonl.gz": "Not a gzipped file", "bad.jsonl.gz": "cannot read the manifest",
     }.items():  # fmt: skip
@@ -259,7 +259,7 @@ def test_bad_texts_and_names(tmp_path):
 
 
 def test_folders_that_cannot_be_listed(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"none: cannot list the folder \(No such file"):
+    with pytest.raises(DataError, match=r"none: cannot list the folder \(no such file"):
         list(read_folder(tmp_path / "none"))
     touch(tmp_path, "a/cow.png", "b/hen.png")
     scan = manifest.files.scan

@@ -23,14 +23,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, TypeVar, cast
 
-from mmtok.errors import DataError
+from mmtok.errors import DataError, MmtokError
 from mmtok.sniffing import one_line
 
 BLOCK = 1 << 20
 # Seconds before the second and the third try.
 _PAUSES = (0.5, 2.0)
 # What another try does not change.
-_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, io.UnsupportedOperation)
 # What clients of fsspec raise that is no OSError; looked up only if the client is in use.
 _CLIENT_ERRORS = (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"), ("gcsfs.retry", "HttpError"))
 
@@ -82,6 +82,8 @@ def printable(name: str) -> str:
 
 def reason(error: OSError) -> str:
     """What the system says of a fault, in one line."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
     return error.strerror or one_line(error)
 
 
@@ -106,8 +108,10 @@ def translated() -> Iterator[None]:
     """What clients of remote files raise, as OSError."""
     try:
         yield
-    except OSError:
+    except (OSError, MmtokError):
         raise
+    except ValueError as error:  # what a server cannot do, such as reading from the middle
+        raise io.UnsupportedOperation(one_line(error)) from error
     except _client_errors() as error:
         raise OSError(one_line(error)) from error
 

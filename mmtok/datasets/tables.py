@@ -35,7 +35,7 @@ SAVED = ("dataset_dict.json", "state.json")
 _TEXT = ("text", "caption", "content", "sentence", "transcription", "transcript")
 _SNIFFED = 64  # rows that are looked at to tell what binary cells hold
 _ROWS = 256  # read at once
-_CELLS = 16 * 2**20  # bytes of media that are read at once, about
+_CELLS = 4 * 2**20  # bytes of media that are read at once, about
 # What libraries raise on data that is missing or damaged. Nothing broader is caught.
 _LIBRARY_ERRORS = (OSError, ValueError, RuntimeError, LookupError, EOFError, NotImplementedError)
 _PLACES = 3  # in one column that are kept: readers may be at work in several

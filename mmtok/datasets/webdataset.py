@@ -102,7 +102,7 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member]:
         file: the shard, opened; it may be moved about between two members.
 
     Raises:
-        DataError: the shard is damaged or cut short; all members before that have been given.
+        DataError: the shard is damaged or cut short; all members before that have been given, and the one in it.
         OSError: a URL cannot be read.
     """
     last = -1
@@ -120,9 +120,9 @@ def members(shard: str, file: BinaryIO) -> Iterator[Member]:
                 stem, _, extension = name.partition(".")
                 if not entry.isreg() or entry.issparse() or not stem or not extension:
                     continue
+                yield Member(shard, folder + slash + stem, extension, entry.name, entry.offset_data, entry.size)
                 if entry.offset_data + entry.size > end:
                     raise tarfile.ReadError(f"{entry.name!r} ends after it")
-                yield Member(shard, folder + slash + stem, extension, entry.name, entry.offset_data, entry.size)
             file.seek(tar.offset)
             # tarfile takes a header that is cut short, or the end of the file, for the end of the archive.
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -171,7 +171,7 @@ def documents(shard: str) -> Iterator[dict[str, Any]]:
 
     Yields:
         ``{"id": name of the sample, "segments": [...], ...}``, or ``{"id", "error"}``. If the shard is damaged, what
-        lies before is given without the last sample, which may lack a part, and then one ``{"id", "error"}``.
+        lies before is given, but for the last sample where it may lack a part, and then one ``{"id", "error"}``.
 
     Raises:
         DataError: the shard cannot be opened.
