@@ -167,6 +167,7 @@ def _config(image_size: int, max_side: int, use: list[str] | None) -> EncodeConf
 
 
 def _bar() -> Bar:
+    console = Console(stderr=True)
     return Bar(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -174,8 +175,9 @@ def _bar() -> Bar:
         TextColumn("{task.fields[note]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
 
 
