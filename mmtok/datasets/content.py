@@ -16,9 +16,9 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO
 
 from mmtok.datasets import files, tables
-from mmtok.errors import DataError, MediaError
+from mmtok.errors import DataError, MediaError, MmtokError
 from mmtok.media import MAX_IMAGE_BYTES
-from mmtok.sniffing import SUFFIXES, check_file, os_call
+from mmtok.sniffing import SUFFIXES, check_file, one_line, os_call
 
 _KNOWN = set().union(*SUFFIXES.values())
 
@@ -168,6 +168,8 @@ def _copy_file(segment: Mapping[str, Any], target: BinaryIO, label: str, limit: 
         return files.persistently(copy) if files.is_url(segment["path"]) else copy()
     except FileNotFoundError as error:
         raise MediaError(f"{label}: no such file") from error
-    except (OSError, OverflowError) as error:
-        why = files.reason(error) if isinstance(error, OSError) else str(error)
+    except MmtokError:
+        raise
+    except (OSError, ValueError, OverflowError) as error:  # the last two are of places that no file has
+        why = files.reason(error) if isinstance(error, OSError) else one_line(error)
         raise MediaError(f"{label}: cannot be read ({why})") from error

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mmtok.datasets import files, tables, webdataset
+from mmtok.datasets.columns import Columns
 from mmtok.datasets.manifest import SUFFIXES, located, read_folder, read_manifest
 from mmtok.errors import DataError
 
@@ -41,7 +42,8 @@ def open_source(source: str | Path, columns: str | None = None) -> Iterator[dict
 
     Args:
         source: as above.
-        columns: of a table, which column is what, as ``text=caption,image=jpg`` (:class:`.tables.Columns`).
+        columns: of a table, which column is what, as ``text=caption,image=jpg``
+            (:class:`mmtok.datasets.columns.Columns`).
 
     Returns:
         Documents ``{"id": str, "segments": [...], ...}``. A text segment has ``text``; an image or audio segment is a
@@ -57,7 +59,7 @@ def open_source(source: str | Path, columns: str | None = None) -> Iterator[dict
         raise DataError(f"{files.printable(name)}: cannot be read ({files.reason(error)})") from error
     if columns is not None and kind not in ("table", "hf"):
         raise DataError(f"{name}: columns are of Parquet files and Hugging Face data sets, this is a {kind}")
-    chosen = tables.Columns.parse(columns) if columns is not None else None
+    chosen = Columns.parse(columns) if columns is not None else None
     if kind == "hf":
         return tables.hugging_face(found[0], chosen)
     if kind == "folder":
@@ -65,7 +67,7 @@ def open_source(source: str | Path, columns: str | None = None) -> Iterator[dict
     return _each(kind, found, chosen)
 
 
-def _each(kind: str, found: Sequence[str], columns: tables.Columns | None) -> Iterator[dict[str, Any]]:
+def _each(kind: str, found: Sequence[str], columns: Columns | None) -> Iterator[dict[str, Any]]:
     """The documents of several files of one kind."""
     for name in found:
         if kind == "manifest":
