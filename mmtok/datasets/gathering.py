@@ -37,11 +37,7 @@ class Gatherer:
         pad = np.full(self.length, packs[0].dataset.registry.pad, self._dtype)
         self._bytes = [*(shard.raw for shard in self._shards), pad.data.cast("B")]
         self._pad = len(self._shards)
-        self._starts = []  # of each dataset: where its shards begin among its tokens
-        for p in packs:
-            sizes = np.array([shard.tokens for shard in p.dataset.shards])
-            self._starts.append(np.cumsum(sizes) - sizes)
-        self._first_shard = np.cumsum([0, *(len(x) for x in self._starts[:-1])])
+        self._first_shard = np.cumsum([0, *(len(p.starts) for p in self.packs[:-1])])
         # Which blocks of ids were compared with their sums; the shards compare, this says when there is nothing left.
         self._block = BLOCK // self._dtype.itemsize
         blocks = [-(-shard.tokens // self._block) for shard in self._shards]
@@ -134,12 +130,12 @@ class Gatherer:
     def _located(self, owner: np.ndarray, pieces: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The shard of each piece, and where it begins there."""
         shard, start = np.empty((2, len(pieces)), np.int64)
-        for i, starts in enumerate(self._starts):
+        for i, p in enumerate(self.packs):
             mine = owner == i if len(self.packs) > 1 else slice(None)
             begin = pieces[mine, 1]
-            number = np.searchsorted(starts, begin, side="right") - 1
+            number = np.searchsorted(p.starts, begin, side="right") - 1
             shard[mine] = number + self._first_shard[i]
-            start[mine] = begin - starts[number]
+            start[mine] = begin - p.starts[number]
         padding = pieces[:, 0] == PADDING
         shard[padding], start[padding] = self._pad, 0
         return shard, start

@@ -15,6 +15,7 @@ it sees no other piece. The plan lies in a temporary file (32 bytes a piece), no
 
 from __future__ import annotations
 
+import bisect
 import mmap
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -132,6 +133,7 @@ class Packs(Dataset):
         pieces: int64 [P, 4], memory-mapped: document, -1 for padding; where the piece begins among all tokens of the
             dataset, and in its document; ids.
         first: int64 [rows + 1], memory-mapped: the number of each row's first piece.
+        starts: int64 [shards]: where each shard begins among all tokens.
 
     Raises:
         ConfigError: ``length`` is below 1, or another packing.
@@ -149,6 +151,8 @@ class Packs(Dataset):
         self.dataset, self.length, self.packing = dataset, length, packing
         plan = _whole(dataset.shards, length) if packing == "whole" else _stream(dataset.shards, length)
         self.pieces, self.first = _spooled(plan)
+        self.starts = np.cumsum([0, *(shard.tokens for shard in dataset.shards[:-1])])
+        self._starts, self._positions = self.starts.tolist(), np.arange(length)
         self.padding = 1 - dataset.tokens / (len(self) * length)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -167,18 +171,18 @@ class Packs(Dataset):
         i = index + len(self) if index < 0 else index
         if not 0 <= i < len(self):
             raise IndexError(f"row {index}, expected one of {len(self)}")
-        pieces = self.pieces[self.first[i] : self.first[i + 1]]
-        ids = np.full(self.length, self.dataset.registry.pad, np.int64)
-        at = 0
-        for document, _, offset, size in pieces.tolist():
-            if document != PADDING:
-                shard, number = self.dataset.locate(document)
-                begin = shard.bounds(number)[0] + offset
-                shard.copy(begin, begin + size, ids[at : at + size])
-            at += size
-        bounds = np.concatenate([[0], np.cumsum(pieces[:, 3])])
-        document, positions = places(bounds, pieces[:, [0, 0, 2]], self.length)
-        row = {"ids": ids, "document": document[0], "positions": positions[0]}
+        ids, document, positions = (np.empty(self.length, np.int64) for _ in range(3))
+        end = 0
+        for number, (source, start, _, size) in enumerate(self.pieces[self.first[i] : self.first[i + 1]].tolist()):
+            here = slice(end, end := end + size)
+            if source == PADDING:
+                ids[here], document[here], positions[here] = self.dataset.registry.pad, PADDING, 0
+            else:
+                shard = bisect.bisect_right(self._starts, start) - 1
+                start -= self._starts[shard]
+                self.dataset.shards[shard].copy(start, start + size, ids[here])
+                document[here], positions[here] = number, self._positions[:size]
+        row = {"ids": ids, "document": document, "positions": positions}
         return {k: torch.from_numpy(v) for k, v in row.items()}
 
 
