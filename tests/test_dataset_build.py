@@ -215,23 +215,30 @@ def test_a_killed_build_goes_on(corpus: Path, built: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [{"workers": 2}, {"workers": 4}, {"workers": 2, "engine": "ray"}], ids=str)
-def test_the_bytes_do_not_depend_on_the_workers(corpus: Path, built: Path, tmp_path: Path, how: dict) -> None:
-    make(corpus, tmp_path / "d", **how)
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_bytes_do_not_depend_on_the_workers(corpus: Path, built: Path, tmp_path: Path, workers: int) -> None:
+    make(corpus, tmp_path / "d", workers=workers)
     assert contents(tmp_path / "d") == contents(built)
 
 
+def actors() -> list[int]:
+    """The processes of Ray's actors that encode."""
+    names = {x: x.read_bytes() for x in Path("/proc").glob("[0-9]*/cmdline") if x.exists()}
+    return [int(x.parent.name) for x, name in names.items() if b"_RayWorker" in name]
+
+
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_replaced(corpus: Path, built: Path, tmp_path: Path) -> None:
-    killed = []
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_worker_that_is_killed_is_replaced(corpus: Path, built: Path, tmp_path: Path, engine: str) -> None:
+    killed: list[int] = []
 
     def kill(p: Progress) -> None:
         if p.stage == "encoding" and p.documents and not killed:
-            for child in multiprocessing.active_children():
-                killed.append(child.pid)
-                os.kill(child.pid, signal.SIGKILL)
+            killed.extend(actors() if engine == "ray" else [x.pid for x in multiprocessing.active_children() if x.pid])
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
 
-    make(corpus, tmp_path / "d", workers=2, progress=kill)
+    make(corpus, tmp_path / "d", workers=2, engine=engine, progress=kill)
     assert killed
     assert contents(tmp_path / "d") == contents(built)
 
@@ -398,3 +405,30 @@ def test_the_reports(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     report = json.loads(out)
     assert (code, report["documents"], report["tokens"], report["left_out"]) == (0, 40, planned["tokens"], 0)
     assert "40 documents" in run("dataset", "plan", corpus, capsys=capsys)[1]
+
+
+@pytest.mark.slow
+def test_a_document_that_kills_its_worker_stops_the_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few tries, then one error that names the documents; what is done is kept."""
+    manifest = write_corpus(tmp_path / "corpus", 20)
+    monkeypatch.setenv("MMTOK_TEST_KILLS", "document 9")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    (tmp_path / "sitecustomize.py").write_text(KILLER)
+    with pytest.raises(DataError, match=r"died 3 times while documents 7 to 13 were encoded"):
+        make(manifest, tmp_path / "d", workers=2)
+    monkeypatch.delenv("MMTOK_TEST_KILLS")
+    assert make(manifest, tmp_path / "d").encoded < 20
+    make(manifest, tmp_path / "fresh")
+    assert contents(tmp_path / "d") == contents(tmp_path / "fresh")
+
+
+KILLER = """
+import json, os, sys
+loads = json.loads
+def kill(text, *rest, **more):
+    if os.environ.get("MMTOK_TEST_KILLS", "?").encode() in (text if isinstance(text, bytes) else b""):
+        os.kill(os.getpid(), 9)
+    return loads(text, *rest, **more)
+if os.environ.get("MMTOK_TEST_KILLS") and "multiprocessing" in str(sys.orig_argv):
+    json.loads = kill
+"""

@@ -192,7 +192,7 @@ def _working(out: Path) -> Iterator[Path]:
         for pattern in (".shard-*.tmp", ".quarantine.*.tmp", f".{DATASET_FILE}.*", ".vocab.json.*"):
             for file in out.glob(pattern):
                 file.unlink()
-        for pattern in (".unit-*.tmp", ".unit-*.json.*"):
+        for pattern in (".unit-*.tmp", ".unit-*.json.*", "unit-*.tries"):
             for file in folder.glob(pattern):
                 file.unlink()
         try:

@@ -1,8 +1,7 @@
 """Who encodes the units: this process, several processes, or the actors of a Ray cluster.
 
 Each engine is a generator: units in, results out, in any order. Units are handed out as they are asked for, a few more
-than there are workers. A worker that dies is replaced, and its unit done again; a unit whose worker dies ``TRIES``
-times stops the build with its documents named.
+than there are workers. A worker that dies is replaced, and its unit done again, up to ``TRIES`` times.
 """
 
 from __future__ import annotations
@@ -14,14 +13,16 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from typing import Any
 
-from mmtok.datasets.units import Job, Unit, Worker
-from mmtok.errors import ConfigError, DataError
+import numpy as np
+
+from mmtok.datasets.units import TRIES, Job, Unit, Worker
+from mmtok.errors import ConfigError, DataError, MmtokError
 from mmtok.multimodal import MultimodalTokenizer
 
 ENGINES = ("local", "ray")
-TRIES = 3
 Results = Iterator[dict[str, Any]]
 
 
@@ -51,8 +52,8 @@ def run(engine: str, job: Job, units: Sequence[Unit], workers: int, tokenizer: M
 
 def processes(job: Job, units: Sequence[Unit], workers: int) -> Results:
     """Processes of this machine."""
-    left: dict[str, Unit] = {x.name: x for x in units}
-    died: dict[str, int] = {}
+    left = {x.name: x for x in units}
+    broken = 0
     # What the numerical libraries start beside the worker's own thread would fight over the cores.
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     before = {k: os.environ.get(k) for k in quiet}
@@ -60,24 +61,18 @@ def processes(job: Job, units: Sequence[Unit], workers: int) -> Results:
     try:
         while left:
             pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (job,))
-            running: dict[Future[dict[str, Any]], Unit] = {}
             try:
-                waiting = iter(list(left.values()))
-                while True:
-                    while len(running) < 2 * workers and (unit := next(waiting, None)) is not None:
-                        running[pool.submit(_work, unit)] = unit
-                    if not running:
-                        break
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
-                        result = future.result()
-                        del left[running.pop(future).name]
-                        yield result
+                for result in _handed_out(pool, list(left.values()), 2 * workers):
+                    del left[result["unit"]]
+                    broken = 0
+                    yield result
             except BrokenProcessPool as error:
-                # Which of the units was under way is not told: those that are done have their results on the disk.
-                for unit in running.values():
-                    died[unit.name] = died.get(unit.name, 0) + 1
-                    if died[unit.name] >= TRIES:
-                        raise DataError(_dead(unit)) from error
+                broken += 1
+                if broken > TRIES:
+                    raise DataError(
+                        f"workers died {broken} times before they did anything; is there enough memory for {workers}? "
+                        "Give fewer --workers and run the same command again"
+                    ) from error
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
     finally:
@@ -88,12 +83,17 @@ def processes(job: Job, units: Sequence[Unit], workers: int) -> Results:
                 os.environ[key] = value
 
 
-def _dead(unit: Unit) -> str:
-    last = unit.first + unit.documents - 1
-    return (
-        f"a worker died {TRIES} times while documents {unit.first} to {last} were encoded; is there enough memory? "
-        "Give fewer --workers, or leave out the document that does it, and run the same command again"
-    )
+def _handed_out(pool: ProcessPoolExecutor, units: Sequence[Unit], most: int) -> Results:
+    """The results of units of which at most so many are in the pool."""
+    running: set[Future[dict[str, Any]]] = set()
+    waiting = iter(units)
+    while True:
+        running |= {pool.submit(_work, unit) for unit in islice(waiting, most - len(running))}
+        if not running:
+            return
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield future.result()
 
 
 _worker: Worker | None = None
@@ -151,7 +151,6 @@ def ray_actors(job: Job, units: Sequence[Unit], workers: int) -> Results:
 def _ray_results(ray: Any, job: Job, units: Sequence[Unit], workers: int) -> Results:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.actor_task_retry_on_errors = False  # a full disk does not get better; a dead actor is replaced anyway
     rows = ray.data.from_items([{"unit": number} for number in range(len(units))], override_num_blocks=len(units))
     done = rows.map_batches(
         _RayWorker,
@@ -159,29 +158,27 @@ def _ray_results(ray: Any, job: Job, units: Sequence[Unit], workers: int) -> Res
         batch_size=1,
         num_cpus=1,
         compute=ray.data.ActorPoolStrategy(size=workers),
-        max_restarts=TRIES,
-        max_task_retries=TRIES,
     )
     try:
         for row in done.iter_rows():
+            if isinstance(row["result"], Exception):
+                raise row["result"]
             yield row["result"]
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause if isinstance(error.cause, Exception) else error
-        raise cause from error
-    except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
-        raise DataError(f"a Ray worker died {TRIES} times; is there enough memory? Give fewer --workers") from error
+    except ray.exceptions.RayActorError as error:
+        raise DataError("Ray workers died; is there enough memory? Give fewer --workers and run it again") from error
 
 
 class _RayWorker:
-    """An actor."""
+    """An actor. One that dies is replaced by Ray, and its unit done again."""
 
     def __init__(self, job: Job, units: Sequence[Unit]) -> None:
         self.worker, self.units = Worker(job), units
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        import numpy as np
-
         results = np.empty(len(batch["unit"]), object)
         for i, number in enumerate(batch["unit"].tolist()):
-            results[i] = self.worker(self.units[number])
+            try:
+                results[i] = self.worker(self.units[number])
+            except (MmtokError, OSError) as error:  # as it is, without Ray's wrapping
+                results[i] = error
         return {"result": results}

@@ -33,6 +33,7 @@ from mmtok.registry import VocabularyRegistry
 
 DOCUMENTS = 256  # in a unit: enough for full batches, few enough to lose little when a build is killed
 LINE_BYTES = 2**22  # of a unit's documents in the listing, if one alone has not more
+TRIES = 3  # how often a unit is begun in one build
 RESULT_TOKENS = 2**22  # of a unit's documents that are held before they are written
 LISTING = "documents.jsonl"
 
@@ -141,6 +142,7 @@ class Worker:
         done = read_result(self.folder, unit, self.registry)
         if done is not None:
             return done
+        self._count_try(unit)
         left_out: list[dict[str, Any]] = []
         entries = [
             write_shard(
@@ -154,7 +156,19 @@ class Worker:
         ]
         result = {"unit": unit.name, "shards": entries, "left_out": left_out}
         atomic_write(result_file(self.folder, unit), json.dumps(result).encode())
+        (self.folder / f"unit-{unit.name}.tries").unlink(missing_ok=True)
         return result
+
+    def _count_try(self, unit: Unit) -> None:
+        """Give up a unit whose worker died ``TRIES`` times: a byte in its file for each time that it was begun."""
+        with (self.folder / f"unit-{unit.name}.tries").open("ab") as file:
+            if file.tell() >= TRIES:
+                last = unit.first + unit.documents - 1
+                raise DataError(
+                    f"a worker died {TRIES} times while documents {unit.first} to {last} were encoded; is there enough "
+                    "memory? Give fewer --workers, or leave out the document that does it, and run it again"
+                )
+            file.write(b".")
 
     def _records(self, unit: Unit, left_out: list[dict[str, Any]]) -> Iterator[Record]:
         """The records of a unit; what has none is added to ``left_out``."""
