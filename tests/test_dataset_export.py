@@ -10,10 +10,12 @@ import subprocess
 import sys
 import tarfile
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import commands
 import numpy as np
 import pytest
 import token_sets
@@ -28,7 +30,7 @@ from mmtok.datasets.export import parquet as to_parquet
 from mmtok.datasets.export import webdataset as to_webdataset
 from mmtok.datasets.shardfile import SPAN_COLUMNS
 from mmtok.datasets.shards import TokenDataset, write_dataset
-from mmtok.errors import DataError
+from mmtok.errors import ConfigError, DataError
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
 
 EXPORTS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -55,6 +57,19 @@ def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TokenDataset
 @pytest.fixture
 def dataset(datasets: dict[str, TokenDataset], request: pytest.FixtureRequest) -> TokenDataset:
     return datasets[getattr(request, "param", "uint16")]
+
+
+@contextmanager
+def small_disk(size: int) -> Iterator[None]:
+    """A limit on the size of files, in bytes, stands for a full disk: writing fails at some byte of a file."""
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @both_widths
@@ -195,16 +210,8 @@ def test_a_flipped_bit_is_no_export(dataset: TokenDataset, tmp_path: Path, form:
 
 @every_format
 def test_a_full_disk_leaves_nothing(datasets: dict[str, TokenDataset], tmp_path: Path, form: str) -> None:
-    """A limit on the size of files stands for the disk: writing fails at some byte of a file."""
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2500, limits[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            EXPORTS[form](datasets["uint32"], tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with small_disk(2500), pytest.raises(OSError, match="File too large"):
+        EXPORTS[form](datasets["uint32"], tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
@@ -244,10 +251,12 @@ def test_memory_does_not_grow(tmp_path: Path, form: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("mmtok.datasets.chunks.CHUNK_DOCUMENTS", 100)
     monkeypatch.setattr("mmtok.datasets.export.megatron._TOGETHER", 100)
     peaks = []
+    together = form == "webdataset"  # where a shard's tar must not grow either
     for shards in (1, 2, 8):  # what is imported is counted in the first
-        write_dataset(tmp_path / f"{shards}", LARGE, token_sets.noise_records(LARGE, 300 * shards, 1), 900)
+        records = token_sets.noise_records(LARGE, 300 * shards, 1)
+        write_dataset(tmp_path / f"{shards}", LARGE, records, 900 * (shards if together else 1))
         dataset = TokenDataset.open(tmp_path / f"{shards}")
-        assert len(dataset.shards) == shards
+        assert len(dataset.shards) == (1 if together else shards)
         tracemalloc.start()
         EXPORTS[form](dataset, tmp_path / "out")
         peaks.append(tracemalloc.get_traced_memory()[1])
@@ -274,3 +283,30 @@ def test_chunks_are_all_documents_once(datasets: dict[str, TokenDataset], monkey
                     assert json.loads(line) == dataset.meta(number)
                     number += 1
         assert number == len(dataset)
+
+
+@every_format
+def test_the_command(dataset: TokenDataset, tmp_path: Path, form: str, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "out"
+    arguments = ("dataset", "export", dataset.path, "--format", form, "-o", out)
+    code, stdout, stderr = commands.run(*arguments, "--json", capsys=capsys)
+    assert (code, stderr) == (0, "")
+    report = json.loads(stdout)
+    assert report == {"out": str(out), **json.loads((out / "export.json").read_text())}
+    code, stdout, _ = commands.run(*arguments, capsys=capsys)
+    assert code == 0
+    assert stdout.splitlines()[-1] == f"written {out}"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/file").touch()
+    assert "expected a free name" in commands.refused(*arguments[:-1], tmp_path / "mine", capsys=capsys)
+    assert "--format" in commands.refused(*arguments[:3], "-o", out, capsys=capsys)
+    with small_disk(100):
+        assert f"mmtok: {out}: File too large" in commands.refused(*arguments, capsys=capsys, code=1)
+    assert commands.contents(out)["export.json"]
+
+
+def test_parquet_without_pyarrow(dataset: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"needs pyarrow; pip install 'mmtok\[export\]'"):
+        EXPORTS["parquet"](dataset, tmp_path / "out")
+    assert not list(tmp_path.iterdir())

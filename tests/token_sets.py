@@ -16,6 +16,7 @@ from mmtok.datasets.shardfile import Record
 from mmtok.datasets.shards import write_dataset
 from mmtok.documents import Audio, Document, Image, Text, Turn, load_segment
 from mmtok.image import ImageVQVAE, ImageVQVAEConfig
+from mmtok.loading import load
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.registry import VocabularyRegistry
 from mmtok.text import ByteLevelBPE
@@ -32,7 +33,8 @@ def save_tokenizers(folder: Path) -> MultimodalTokenizer:
     }
     for name, model in models.items():
         model.save(folder / name)
-    return MultimodalTokenizer.create(models, max_grid=16)
+    # As they are stored, which is in half precision.
+    return MultimodalTokenizer.create({name: load(folder / name) for name in models}, max_grid=16)
 
 
 def save_media(folder: Path) -> list[dict[str, Any]]:

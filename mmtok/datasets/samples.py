@@ -44,13 +44,15 @@ def choose(dataset: TokenDataset, statistics: Statistics, count: int, seed: int)
         count: how many, from 0 up.
         seed: of the draw; the same gives the same documents.
     """
+    if count >= len(dataset):
+        return list(range(len(dataset)))
     rng = np.random.default_rng(seed)
-    chosen = list(dict.fromkeys(statistics.samples.values()))[:count]
+    chosen = set(list(statistics.samples.values())[:count])
     borders = np.linspace(0, len(dataset), count - len(chosen) + 1).astype(np.int64).tolist()
-    for low, high in itertools.pairwise(borders):
-        if low < high:
-            chosen.append(int(rng.integers(low, high)))
-    return sorted(set(chosen))
+    chosen |= {int(rng.integers(low, high)) for low, high in itertools.pairwise(borders)}
+    while len(chosen) < count:  # some were the same
+        chosen.add(int(rng.integers(len(dataset))))
+    return sorted(chosen)
 
 
 class Gallery:
