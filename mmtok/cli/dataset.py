@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from mmtok.cli import dataset_tools
 from mmtok.cli.encode import named
 from mmtok.cli.tables import print_table
 from mmtok.datasets.build import BuildReport, Progress
@@ -216,3 +217,8 @@ def _show_build(r: BuildReport, out: Path) -> None:
     )
     if r.reasons:
         print_table(("left out", "reason"), ((n, reason) for reason, n in r.reasons.items()))
+
+
+app.command("verify", no_args_is_help=True)(dataset_tools.verify)
+app.command("report", no_args_is_help=True)(dataset_tools.report)
+app.command("export", no_args_is_help=True)(dataset_tools.export)
