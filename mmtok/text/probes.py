@@ -36,6 +36,7 @@ PROSE = (
 )
 LITERALS = (
     "", " ", "  ", "\n", "\r", "\r\n", "\t", "\n\n \n", " \n", "\n ", "  x", "x  ", "'s", "'S 'LL 'll'RE're 'ſ", "’s",
+    " ".join(f"{c}'ſ" for c in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZéя"),
     "<|endoftext|>", "a<|endoftext|>b", "<|im_start|>user\nhi<|im_end|>", "<s></s><unk><pad>[CLS][SEP][MASK][UNK]",
     "<image></image><audio></audio><bos><eos>", "<0x0A><0x41>", "▁the▁ cow▁▁", "ĠtheĊĉ", "##ing @@ Ġ", "\x00", "a\x00b",
     "\ufeff\ufffe\uffff\ufffd", "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\x1f\xa0\u1680\u2000\u200b\u202f\u3000\u180e",
