@@ -18,9 +18,11 @@ from mmtok.errors import CheckpointError, VocabularyError
 from mmtok.image.published import VQGAN, Emu3VQ, PublishedTokenizer, VQModel
 from mmtok.image.vqvae import ImageVQVAE
 from mmtok.registry import VOCAB_FILE, VocabularyRegistry
-from mmtok.text import ByteLevelBPE, ByteLevelUnigram
+from mmtok.text import ByteLevelBPE, ByteLevelUnigram, TextTokenizer
+from mmtok.text.published import SentencePieceText
 
-_TEXT, _IMAGE = (ByteLevelBPE, ByteLevelUnigram), (ImageVQVAE, VQGAN, Emu3VQ, VQModel)
+_TEXT = (ByteLevelBPE, ByteLevelUnigram, SentencePieceText)
+_IMAGE = (ImageVQVAE, VQGAN, Emu3VQ, VQModel)
 _AUDIO = (SpectralCodec, Encodec, DAC, Mimi, SNAC, XCodec)
 TOKENIZERS = {c.kind: c for c in (*_TEXT, *_IMAGE, *_AUDIO)}
 
@@ -43,7 +45,7 @@ class Tokenizer(Protocol):
 
 def load(
     path: str | Path,
-) -> ByteLevelBPE | ByteLevelUnigram | ImageVQVAE | PublishedTokenizer | SpectralCodec | Encodec | PublishedCodec:
+) -> TextTokenizer | ImageVQVAE | PublishedTokenizer | SpectralCodec | Encodec | PublishedCodec:
     """Load a tokenizer; its mmtok.json says which class it is.
 
     Args:
