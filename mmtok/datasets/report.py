@@ -36,8 +36,8 @@ audio { display: block; width: 100%; max-width: 22rem; margin: .4rem 0; }
 table { border-collapse: collapse; margin: 1.2rem 0; display: block; overflow-x: auto; }
 caption, figcaption { text-align: left; font-weight: 600; padding: .2rem 0; }
 th, td { text-align: left; padding: .25rem 1.2rem .25rem 0; border-bottom: 1px solid #8884; vertical-align: top; }
-th { font-weight: 500; overflow-wrap: anywhere; }
-thead th { font-size: .85rem; opacity: .75; overflow-wrap: normal; }
+th { font-weight: 500; min-width: 6rem; }
+thead th { font-size: .85rem; opacity: .75; min-width: 0; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 article { border: 1px solid #8886; border-radius: .5rem; padding: 0 1.2rem .8rem; margin: 1.2rem 0; }
 figure { margin: .6rem 0; min-width: 0; }
