@@ -39,7 +39,7 @@ from mmtok.datasets.shards import (
     token_dtype,
 )
 from mmtok.datasets.sources import open_source
-from mmtok.datasets.units import Job, Unit, index_known, open_result, read_result, write_listing
+from mmtok.datasets.units import Job, Parts, Unit, index_known, read_result, write_listing
 from mmtok.errors import DataError
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.registry import VocabularyRegistry
@@ -267,13 +267,12 @@ def _join(
     began, dtype, total = time.monotonic(), token_dtype(registry), sum(x.documents for x in units)
     entries: list[dict[str, Any]] = []
     reasons: Counter[str] = Counter()
-    group: list[Unit] = []
+    group: list[dict[str, Any]] = []
     size = 0
 
     def close(number: int) -> None:
-        shards = [x for unit in group for x in open_result(folder, _result(folder, unit, registry), registry)]
-        if shards:
-            parts = [x.part() for x in shards]
+        if group:
+            parts = Parts(folder, group, registry)
             entries.append(write_shard(out, stem(len(entries)), parts, dtype, registry.fingerprint))
         progress(Progress("joining", number, total, seconds=time.monotonic() - began))
 
@@ -284,7 +283,7 @@ def _join(
         if group and size + tokens > shard_tokens:
             close(unit.first)
             group, size = [], 0
-        group.append(unit)
+        group += result["shards"]
         size += tokens
     close(total)
     return entries, dict(reasons.most_common())

@@ -109,15 +109,14 @@ def write_shard(folder: Path, stem: str, parts: Sequence[Part], dtype: np.dtype,
     Args:
         folder: an existing directory.
         stem: the name begins so; eight hex digits of the file's sha256 and .safetensors follow.
-        parts: what is in it, in order; may be mapped files.
+        parts: what is in it, in order, at least one; each is taken several times, and no two are held at once.
         dtype: of the tokens.
         registry: fingerprint of the vocabulary.
 
     Returns:
         Its entry in dataset.json: file, documents, tokens, bytes, sha256, sums (XXH3-64 of the sums, hex).
     """
-    rows = sum(len(x.documents) for x in parts)
-    spans, tokens, meta = (sum(len(x[i]) for x in parts) for i in (1, 2, 3))
+    rows, spans, tokens, meta = np.sum([[len(array) for array in x[:4]] for x in parts], axis=0).tolist()
     padding = -(tokens * dtype.itemsize + meta) % 8  # so that the sums lie at a multiple of 8
     shapes: dict[str, tuple[np.dtype, list[int]]] = {
         "documents": (np.dtype("<i8"), [rows, 3]),

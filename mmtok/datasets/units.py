@@ -16,7 +16,7 @@ import dataclasses
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 
 from mmtok.checkpoints import atomic_write
 from mmtok.datasets.encode import EncodeConfig, Encoder
-from mmtok.datasets.shardfile import Record, Shard, batches, part_of, write_shard
+from mmtok.datasets.shardfile import Part, Record, Shard, batches, part_of, write_shard
 from mmtok.datasets.shards import TokenDataset, token_dtype
 from mmtok.errors import DataError
 from mmtok.multimodal import MultimodalTokenizer
@@ -195,16 +195,29 @@ def read_result(folder: Path, unit: Unit, registry: VocabularyRegistry) -> dict[
     """What was written when a unit was done; None if it is not, or its result is damaged."""
     try:
         result = json.loads(result_file(folder, unit).read_bytes())
-        open_result(folder, result, registry)
+        for entry in result["shards"]:
+            open_shard(folder, entry, registry).check_all()
     except (OSError, ValueError, KeyError, DataError):
         return None
     return result
 
 
-def open_result(folder: Path, result: dict[str, Any], registry: VocabularyRegistry) -> list[Shard]:
-    """The shards of a unit that is done."""
-    dtype = token_dtype(registry)
-    return [Shard(folder / entry["file"], entry, dtype, registry.fingerprint) for entry in result["shards"]]
+def open_shard(folder: Path, entry: dict[str, Any], registry: VocabularyRegistry) -> Shard:
+    """A shard of a unit that is done, by its entry in the result."""
+    return Shard(folder / entry["file"], entry, token_dtype(registry), registry.fingerprint)
+
+
+class Parts(Sequence[Part]):
+    """Shards of units as parts of a larger one, each mapped only while it is used, so that memory stays small."""
+
+    def __init__(self, folder: Path, entries: Sequence[dict[str, Any]], registry: VocabularyRegistry) -> None:
+        self._folder, self._entries, self._registry = folder, entries, registry
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __getitem__(self, index: Any) -> Any:
+        return open_shard(self._folder, self._entries[index], self._registry).part()
 
 
 class Known:
