@@ -85,7 +85,7 @@ class Gatherer:
         stop = start + np.add.reduceat(sizes, run)
         unseen = self._unseen(shard, start, stop).tolist()[::-1]
         width = self._dtype.itemsize
-        runs = list(zip(shard.tolist(), (start * width).tolist(), (stop * width).tolist(), strict=True))
+        shards, starts, stops = shard.tolist(), (start * width).tolist(), (stop * width).tolist()
         at = [*np.searchsorted(run, joined).tolist(), len(run)]
         to = [*(groups * self.length).tolist(), size * self.length]
         for i in range(len(batches) - 1):
@@ -96,15 +96,16 @@ class Gatherer:
             k = i * len(groups)
             while unseen and unseen[-1] < at[k + len(groups)]:
                 j = unseen.pop()
-                self._check(int(shard[j]), int(start[j]), int(stop[j]))
+                self._check(shards[j], int(start[j]), int(stop[j]))
             ids = np.empty(size * self.length, np.int64)
             for j in range(len(groups)):
-                ids[to[j] : to[j + 1]] = self._joined(runs[at[k + j] : at[k + j + 1]])
+                a, b = at[k + j], at[k + j + 1]
+                ids[to[j] : to[j + 1]] = self._joined(shards[a:b], starts[a:b], stops[a:b])
             here = slice(batches[i], batches[i + 1])
             batch = {
                 "ids": ids.reshape(size, self.length),
                 "bounds": (bounds[here.start : here.stop + 1] - bounds[here.start]).astype(np.int32),
-                "source": source[here].copy(),
+                "source": source[here],
             }
             if self.dense:
                 batch["document"], batch["positions"] = places(batch["bounds"], batch["source"], self.length)
@@ -141,14 +142,17 @@ class Gatherer:
         return shard, start
 
     def _unseen(self, shard: np.ndarray, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        """The runs that were perhaps not compared with the sums yet, ascending."""
+        """The runs that are the first to touch a block that was not compared with its sum yet, ascending."""
         if self._seen.find(0) < 0:
             return np.zeros(0, np.int64)
         seen = np.frombuffer(self._seen, bool)
-        real = np.flatnonzero(shard < self._pad)
-        base = self._first_block[shard[real]]
-        first, last = base + start[real] // self._block, base + (stop[real] - 1) // self._block
-        return real[~(seen[first] & seen[last] & (last - first < 2))]
+        runs = np.flatnonzero(shard < self._pad)
+        base = self._first_block[shard[runs]]
+        ends = np.stack([base + start[runs] // self._block, base + (stop[runs] - 1) // self._block], 1)
+        long = ends[:, 1] - ends[:, 0] > 1
+        some = np.flatnonzero(~seen[ends].all(1) & ~long)
+        _, earliest = np.unique(ends[some], return_index=True)
+        return np.union1d(runs[some[earliest // 2]], runs[long])
 
     def _check(self, shard: int, start: int, stop: int) -> None:
         """Compare what was not compared of ids start..stop of a shard."""
@@ -158,7 +162,8 @@ class Gatherer:
                 self._shards[shard].ids(block * step, min((block + 1) * step, self._shards[shard].tokens))
                 self._seen[base + block] = 1
 
-    def _joined(self, runs: list[tuple[int, int, int]]) -> np.ndarray:
-        """The ids of some runs one after another, as they are stored."""
-        parts = [self._bytes[shard][start:stop] for shard, start, stop in runs]
+    def _joined(self, shards: list[int], starts: list[int], stops: list[int]) -> np.ndarray:
+        """The ids of some runs one after another, as they are stored; starts and stops in bytes."""
+        buffers = self._bytes
+        parts = [buffers[i][a:b] for i, a, b in zip(shards, starts, stops, strict=True)]
         return np.frombuffer(parts[0] if len(parts) == 1 else b"".join(parts), self._dtype)
