@@ -8,6 +8,7 @@ Images: PNG, JPEG, GIF (first frame), WebP, BMP. Audio: WAV, FLAC, Ogg Vorbis, O
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import struct
@@ -22,11 +23,12 @@ from PIL import Image as PILImage
 from PIL import ImageOps, UnidentifiedImageError
 
 from mmtok.checkpoints import atomic_write
+from mmtok.containers import find_fault, mp3_stream
 from mmtok.errors import MediaError
 from mmtok.resampling import SAMPLE_RATES as SAMPLE_RATES
 from mmtok.resampling import Resampler, check_rate
 from mmtok.resampling import resample as resample
-from mmtok.sniffing import NOUN, check_complete, check_file, kind_and_size, magic, one_line, os_call
+from mmtok.sniffing import NOUN, check_file, kind_and_size, magic, one_line, os_call
 from mmtok.sniffing import PathLike as PathLike
 
 MAX_PIXELS = 64_000_000
@@ -40,6 +42,8 @@ _PEAK_LIMIT = 8.0
 # Manifests give times rounded to milliseconds: an end this much past the last sample is the end.
 _END_TOLERANCE_S = 0.01
 _BLOCK = 1 << 18  # frames that are read at once
+# A frame of an MP3 needs bytes of frames before it: after a seek libsndfile gives up to a tenth of a second of zeros.
+_MP3_LEAD = 32 * 1152
 _WHITE = (255, 255, 255)
 _IMAGE_FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
 # What Pillow raises on damaged files of these formats. Nothing broader is caught.
@@ -207,14 +211,24 @@ def audio_blocks(
 
 def audio_rate(path: PathLike) -> int:
     """The sample rate in Hz that an audio file states."""
+    return audio_length(path)[1]
+
+
+def audio_length(path: PathLike) -> tuple[int, int]:
+    """The frames of an audio file and its sample rate in Hz, without decoding it; of an MP3 its frames are counted.
+
+    Raises:
+        MediaError: no audio file.
+    """
     if sniff(path) != "audio":
         raise MediaError(f"{path}: expected audio (wav, flac, ogg, opus, mp3)")
     try:
-        rate = soundfile.info(os.fspath(path)).samplerate
+        with _open_sound(path) as file:
+            frames, rate = file.frames, file.samplerate
     except (soundfile.SoundFileError, OSError, ValueError) as error:
         raise MediaError(f"{path}: damaged or cut short audio ({one_line(error)})") from error
     check_rate(f"{path}: sample rate", rate)
-    return rate
+    return frames, rate
 
 
 def write_audio(path: PathLike, samples: np.ndarray, sample_rate: int) -> None:
@@ -317,6 +331,27 @@ def _to_pil(pixels: np.ndarray) -> PILImage.Image:
 # --- audio ------------------------------------------------------------------------------------------------------------
 
 
+class _Sound(soundfile.SoundFile):
+    """A sound file that is read on from where it is.
+
+    soundfile seeks to where it is after each read, where a file can be sought in. A decoder of MP3 begins anew by that:
+    the first tenth of a second of each block would be zeros.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+@contextlib.contextmanager
+def _open_sound(path: PathLike) -> Iterator[soundfile.SoundFile]:
+    """A sound file whose ``frames`` are true."""
+    with contextlib.ExitStack() as stack:
+        name = os.fspath(path)
+        stream = mp3_stream(name)
+        source = name if stream is None else stack.enter_context(stream)
+        yield stack.enter_context(_Sound(source))
+
+
 def _frame_range(
     path: PathLike, frames: int, rate: int, start: float | None, end: float | None, max_seconds: float
 ) -> tuple[int, int]:
@@ -344,29 +379,33 @@ def _audio_blocks(
     path: PathLike, start: float | None, end: float | None, mono: bool, max_seconds: float
 ) -> Iterator[tuple[int, np.ndarray]]:
     """The rate in Hz and float32 [C, n], one block or more, so that many channels never lie in memory at once."""
-    kind, size = kind_and_size(path)
+    kind, _ = kind_and_size(path)
     if kind != "audio":
         raise MediaError(f"{path}: holds {NOUN[kind]}, expected audio (wav, flac, ogg, opus, mp3)")
     rate = at = 0
     try:
-        with soundfile.SoundFile(os.fspath(path)) as file:
+        with _open_sound(path) as file:
             rate, channels, frames = file.samplerate, file.channels, file.frames
             check_rate(f"{path}: sample rate", rate)
             if channels > MAX_CHANNELS:
                 raise MediaError(f"{path}: {channels} channels, the limit is {MAX_CHANNELS}")
             at, last = _frame_range(path, frames, rate, start, end, max_seconds)
-            if start is None and end is None:
-                check_complete(Path(path), size)
+            fault = find_fault(os.fspath(path), rate)
+            if fault and (end is None or end > fault.seconds):
+                raise MediaError(f"{path}: {fault.reason}")
             first = at
             if first:
-                file.seek(first)
+                lead = min(first, _MP3_LEAD) if file.format == "MP3" else 0
+                if first > lead:
+                    file.seek(first - lead)
+                file.read(lead, dtype="float32")
             while at < last:
                 try:
                     block = file.read(min(last - at, _BLOCK), dtype="float32", always_2d=True)
                 except soundfile.SoundFileError:
                     at = max(at, file.tell())  # how far it came in the block
                     raise
-                # The length of an MP3 is an estimate where the file carries no table, so it alone may be shorter.
+                # An MP3 may be shorter by what its decoder holds back.
                 if not len(block) and (file.format != "MP3" or at == first):
                     ends = f"it ends at {at / rate:.3f} s, expected {last / rate:.3f} s"
                     raise MediaError(f"{path}: damaged or cut short audio: {ends}")

@@ -1,8 +1,7 @@
-"""What a file is by its first bytes, and whether it is whole. Every fault is one :class:`MediaError` line."""
+"""What a file is by its first bytes. Every fault is one :class:`MediaError` line."""
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 from collections.abc import Callable
@@ -103,35 +102,3 @@ def magic(head: bytes) -> str | None:
     if len(head) >= 4 and head[0] == 0xFF and head[1] & 0xE6 == 0xE2 and head[2] < 0xF0 and head[2] & 12 != 12:
         return "audio"  # an MPEG layer III frame
     return None
-
-
-def check_complete(path: Path, size: int) -> None:
-    """libsndfile reads a WAV or an Ogg file that is cut short without a word; their own sizes and flags tell."""
-    with path.open("rb") as file:
-        head = file.read(12)
-        if head[:4] == b"RIFF":
-            _check_wav(path, file, size)
-        elif head[:4] == b"OggS":
-            file.seek(max(0, size - 65536 - 27 - 255))
-            tail = file.read()
-            page = tail.rfind(b"OggS")
-            header = tail[page : page + 27] if page >= 0 else b""
-            if len(header) == 27:
-                lengths = tail[page + 27 : page + 27 + header[26]]
-                whole = len(lengths) == header[26] and page + 27 + len(lengths) + sum(lengths) <= len(tail)
-                if whole and header[5] & 4:
-                    return
-            raise MediaError(f"{path}: cut short: the last Ogg page is not the end of the stream")
-
-
-def _check_wav(path: Path, file: io.BufferedReader, size: int) -> None:
-    """Compare the length of the data chunk with the size of the file."""
-    while len(header := file.read(8)) == 8:
-        name, length = header[:4], int.from_bytes(header[4:], "little")
-        if name == b"data":
-            left = size - file.tell()
-            # Programs that write to a pipe leave the largest number there.
-            if length > left and length < 0x7FFFF000:
-                raise MediaError(f"{path}: cut short: {left} bytes of sound, the header says {length}")
-            return
-        file.seek(length + length % 2, os.SEEK_CUR)

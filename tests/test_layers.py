@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sequences",),
     ("adapters",),
     ("resampling",),
-    ("sniffing",),
+    ("sniffing", "containers"),
     ("media",),
     ("documents",),
     ("nearest_triton",),
