@@ -1,7 +1,7 @@
 """Document packing: several whole documents in one row of fixed length, none of which sees another.
 
-First fit, longest first (first-fit decreasing; Krell et al. 2021, "Efficient Sequence Packing without
-Cross-contamination", arXiv:2107.02027). Positions restart at 0 in every document.
+Best fit, longest first, as in token datasets (``mmtok.datasets.packing``); here of documents in memory. Positions
+restart at 0 in every document.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mmtok.datasets.packing import best_fit
 from mmtok.errors import SequenceError
 
 
 def pack(documents: Sequence[np.ndarray], length: int, pad: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pack whole documents into as few rows as first fit finds.
+    """Pack whole documents into as few rows as best fit finds.
 
     Args:
         documents: 1-D integer arrays of ids; empty ones take no room.
@@ -38,27 +39,15 @@ def pack(documents: Sequence[np.ndarray], length: int, pad: int = 0) -> tuple[np
             f"document {worst} of {sizes[worst]} ids",
             f"at most {length} ids in a row; use longer rows or leave the document out",
         )
-    rooms = np.full(len(sizes), length)  # ids still free in each row; there are never more rows than documents
-    rows: list[list[int]] = []
-    for index in np.argsort(-sizes, kind="stable"):
-        if sizes[index] == 0:
-            continue
-        row = int((rooms >= sizes[index]).argmax())
-        if row == len(rows):
-            rows.append([])
-        rows[row].append(int(index))
-        rooms[row] -= sizes[index]
-    ids = np.full((len(rows), length), pad, dtype=np.int64)
-    document = np.full((len(rows), length), -1, dtype=np.int64)
-    positions = np.zeros((len(rows), length), dtype=np.int64)
-    for row, members in enumerate(rows):
-        start = 0
-        for index in members:
-            end = start + int(sizes[index])
-            ids[row, start:end] = documents[index]
-            document[row, start:end] = index
-            positions[row, start:end] = np.arange(end - start)
-            start = end
+    there = np.flatnonzero(sizes)
+    rows = best_fit(sizes[there], length)
+    shape = (int(rows.max()) + 1 if len(rows) else 0, length)
+    ids, document, positions = (np.full(shape, x, np.int64) for x in (pad, -1, 0))
+    ends = np.zeros(len(ids), np.int64)
+    for index, row in zip(there.tolist(), rows.tolist(), strict=True):
+        here = slice(ends[row], ends[row] + sizes[index])
+        ids[row, here], document[row, here], positions[row, here] = documents[index], index, np.arange(sizes[index])
+        ends[row] = here.stop
     return ids, document, positions
 
 
