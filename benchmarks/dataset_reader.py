@@ -14,8 +14,8 @@ counts. Above 1 is faster than the map.
   ``document`` and ``positions``, which are twice as many bytes again; ``Packs[i]`` row by row. In the first pass the
   files are mapped anew, and every block is compared with its sum when it is first touched.
 - MosaicML streaming (MDS, no compression, no hashes), LitData (``TokensLoader``, and an array an item): ``dataset[i]``,
-  which is faster for both than to iterate; WebDataset (a tar of raw arrays): it reads in sequence only, its random
-  order is a shuffle buffer of 1,000 rows.
+  which is faster than to iterate, except for LitData's items in random order, which are iterated with its own shuffle;
+  WebDataset (a tar of raw arrays): it reads in sequence only, its random order is a shuffle buffer of 1,000 rows.
 
 The others are optional: ``pip install mosaicml-streaming litdata webdataset``, in an environment of their own (they
 hold numpy and transformers back); without them their lines are missing.
@@ -115,8 +115,9 @@ def measure(folder: Path, kind: str, rows: int, rounds: int) -> dict:
                 "mmtok, with document and positions": running(packs, rows, random, True),
                 "mmtok, Packs[i]": lambda p=packs, o=order: stacked(p[i]["ids"].numpy() for i in o),
             }
+            sliced = lambda f=bare, o=order: f(np.memmap(folder / "flat.bin", kind, "r"), o)  # noqa: E731
+            readers["memmap, sliced itself"] = sliced
             if how == "stream":
-                readers["memmap, sliced itself"] = lambda o=order: by_rows(np.memmap(folder / "flat.bin", kind, "r"), o)
                 for i, (name, (_, _, read)) in enumerate(others.items()):
                     readers[name] = lambda i=i, read=read, o=order, r=random: read(folder / str(i), o, r)
                 for name, reader in readers.items():
@@ -124,6 +125,7 @@ def measure(folder: Path, kind: str, rows: int, rounds: int) -> dict:
                         raise SystemExit(f"{name} gave other ids: their sum is {got}, expected {total}")
             first = {
                 "memmap": lambda f=bare, o=order: f(np.asarray(np.memmap(folder / "flat.bin", kind, "r")), o),
+                "memmap, sliced itself": sliced,
                 "mmtok": lambda p=packs, r=random: running(anew(p), rows, r, False)(),
             }
             for name, some in (("", readers), (", first pass", first)):
@@ -265,10 +267,10 @@ def write_tokens(folder: Path, array: np.ndarray) -> None:
 
 
 @functools.cache
-def open_litdata(folder: Path, tokens: bool) -> Any:
+def open_litdata(folder: Path, tokens: bool, shuffle: bool = False) -> Any:
     from litdata import StreamingDataset, TokensLoader
 
-    return StreamingDataset(str(folder), item_loader=TokensLoader(LENGTH) if tokens else None)
+    return StreamingDataset(str(folder), item_loader=TokensLoader(LENGTH) if tokens else None, shuffle=shuffle)
 
 
 def read_tokens(folder: Path, order: Sequence[int], random: bool) -> Iterator[torch.Tensor]:
@@ -283,8 +285,8 @@ def write_items(folder: Path, array: np.ndarray) -> None:
 
 
 def read_items(folder: Path, order: Sequence[int], random: bool) -> Iterator[torch.Tensor]:
-    dataset = open_litdata(folder, False)
-    return stacked(dataset[i].numpy() for i in order)
+    dataset = open_litdata(folder, False, random)
+    return stacked(x.numpy() for x in (dataset if random else (dataset[i] for i in order)))
 
 
 def write_tar(folder: Path, array: np.ndarray) -> None:
