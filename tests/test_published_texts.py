@@ -297,6 +297,7 @@ LINES = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]
         (b"\n".join([*LINES, b"YWI= -3"]), "line 257"),
         (b"\n".join([*LINES, b"YWI= 12345678901234567890"]), "line 257"),
         (b"\n".join([*LINES, b"YWI= 1_000"]), "line 257"),
+        (b"\n".join([*LINES, b"YWI= 000000000300"]), "line 257"),
         (b"\n".join([*LINES, b"YWI= 300 4"]), "line 257"),
         (b"\n".join([*LINES, base64.b64encode(b"a" * 5000) + b" 300"]), "line 257 has a token of 5000 bytes"),
         (b"<!doctype html>", "damaged or no .tiktoken file: line 1 is b'<!doctype html>'"),

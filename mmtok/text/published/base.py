@@ -7,6 +7,7 @@
 ``piece``          -- the name of bytes in a tokenizer.json
 ``unspoken``       -- the name of an id that no text gives
 ``probe_texts``    -- the texts to compare ids on
+``shown``          -- some names, for a note
 """
 
 from __future__ import annotations
@@ -142,3 +143,8 @@ def unspoken(name: str, taken: Container[str]) -> str:
 def probe_texts(tokenizer: TextTokenizer) -> list[str]:
     """The texts to compare ids on: prose in many scripts, literals, nonsense, and the tokenizer's own tokens."""
     return probes.texts_for(tokenizer.decode_bytes([[id] for id in range(tokenizer.codebook_sizes[0])]))
+
+
+def shown(names: Sequence[str]) -> str:
+    """The first three names, quoted, so that a note can hold what a file calls its tokens."""
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

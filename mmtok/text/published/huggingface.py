@@ -16,7 +16,7 @@ from tokenizers import AddedToken
 from mmtok.errors import CheckpointError
 from mmtok.text.bpe import ByteLevelBPE
 from mmtok.text.bytelevel import BYTES, FILE
-from mmtok.text.published.base import MAX_ID, Imported, check_ids, parse, piece, probe_texts, read_file, unspoken
+from mmtok.text.published.base import MAX_ID, Imported, check_ids, parse, piece, probe_texts, read_file, shown, unspoken
 from mmtok.text.unigram import ByteLevelUnigram
 
 _CLASSES = {"BPE": ByteLevelBPE, "Unigram": ByteLevelUnigram}
@@ -62,15 +62,17 @@ def import_tokenizers(path: str | Path) -> Imported:
     spaces = {id: token for id, token in added.items() if _is_space(token, vocab, model)}
     silent = {id: token.content for id, token in added.items() if id not in spaces}
     if silent:
-        shown = ", ".join(list(silent.values())[:3]) + (", ..." if len(silent) > 3 else "")
-        notes.append(f"{len(silent)} added tokens ({shown}) keep their ids, but no text gives them")
+        notes.append(
+            f"{len(silent)} added tokens ({shown(list(silent.values()))}) keep their ids, but no text gives them"
+        )
     prefix = _leave_out(spec, notes)
     if spaces:
         _keep_spaces(spec, vocab, spaces)
     _set_vocabulary(model, kind, _spellings(vocab, silent))
-    if model.get("ignore_merges"):
-        model["ignore_merges"] = not _merges_suffice(spec, [token for token, id in vocab.items() if id not in silent])
     try:
+        if model.get("ignore_merges"):
+            spoken = [token for token, id in vocab.items() if id not in silent]
+            model["ignore_merges"] = not _merges_suffice(spec, spoken)
         tokenizer = _CLASSES[kind](parse(json.dumps(spec), "tokenizers cannot use it").to_str())
     except CheckpointError as error:
         raise CheckpointError(f"{file} cannot be imported: {error}") from error

@@ -26,7 +26,7 @@ import numpy as np
 from mmtok.errors import CheckpointError
 from mmtok.sniffing import one_line
 from mmtok.text.bytelevel import TextTokenizer, check_texts
-from mmtok.text.published.base import Imported, check_ids, probe_texts, read_file
+from mmtok.text.published.base import Imported, check_ids, probe_texts, read_file, shown
 
 FILE = "tokenizer.model"
 _SPACE = "\u2581"
@@ -247,8 +247,7 @@ def _piece_bytes(kind: int, name: str) -> bytes:
 
 
 def _notes(normalizer: Any, symbols: Sequence[str]) -> tuple[str, ...]:
-    shown = ", ".join(symbols[:3]) + (", ..." if len(symbols) > 3 else "")
-    notes = [f"{len(symbols)} symbols ({shown}) keep their ids, but no text gives them"]
+    notes = [f"{len(symbols)} symbols ({shown(symbols)}) keep their ids, but no text gives them"]
     if normalizer.table or normalizer.remove_spaces:
         how = normalizer.name.decode("utf-8", errors="replace") if normalizer.table else "spaces"
         notes.append(

@@ -139,7 +139,9 @@ def _read(file: Path, data: bytes) -> dict[bytes, int]:
             token, rank = base64.b64decode(encoded, validate=True), int(digits[:9])
         except (ValueError, binascii.Error):
             token, rank, fault = b"", 0, f"is {line[:40]!r}"
-        if fault is None and not (0 < len(token) <= _MAX_TOKEN and digits.isdigit() and rank < MAX_ID):
+        if fault is None and not (
+            0 < len(token) <= _MAX_TOKEN and digits.isdigit() and len(digits) < 9 and rank < MAX_ID
+        ):
             fault = f"has a token of {len(token)} bytes and the rank {digits[:20].decode()}"
         if fault is None and (token in ranks or rank in taken):
             fault = f"has a token or a rank ({rank}) that stands there already"
