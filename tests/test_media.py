@@ -483,6 +483,39 @@ def test_bombs_are_refused_from_the_header(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
+@pytest.mark.parametrize(
+    ("form", "options", "marker", "skip", "layout"),
+    [
+        ("GIF", {}, b"GIF87a", 6, "<HH"), ("JPEG", {}, b"\xff\xc0", 5, ">HH"), ("BMP", {}, b"BM", 18, "<ii"),
+        ("PNG", {}, b"IHDR", 4, ">II"), ("WEBP", {"lossless": True}, b"VP8L", 9, "14 bits"),
+        ("WEBP", {"save_all": True, "append_images": [Image.new("RGB", (8, 8), "red")]}, b"VP8X", 12, "24 bits"),
+    ],
+)  # fmt: skip
+def test_a_bomb_of_every_format(
+    tmp_path: Path, form: str, options: dict, marker: bytes, skip: int, layout: str
+) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, form, **options)
+    data = bytearray(buffer.getvalue())
+    size = 16_000
+    if layout == "14 bits":
+        edges = (size - 1 | size - 1 << 14).to_bytes(4, "little")
+    elif layout == "24 bits":
+        edges = 2 * (size - 1).to_bytes(3, "little")
+    else:
+        edges = struct.pack(layout, size, size)
+    place = data.index(marker) + skip
+    data[place : place + len(edges)] = edges
+    if form == "PNG":
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    path = tmp_path / f"bomb.{form.lower()}"
+    path.write_bytes(data)
+    tracemalloc.start()
+    expect_error(path, media.read_image, "pixels", "limit")
+    assert tracemalloc.get_traced_memory()[1] < 2**23
+    tracemalloc.stop()
+
+
 def test_sparse_text_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "a.txt").open("wb") as f:
         f.truncate(2**30)
