@@ -17,6 +17,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -304,5 +305,6 @@ def _quarantine(folder: Path, units: Sequence[Unit], registry: VocabularyRegistr
 
 def kind_of(reason: str) -> str:
     """A reason without the name of the file, its numbers and what is in brackets, so that equal ones can be counted."""
-    text = reason.split(": ", 1)[-1].split(" (")[0].split("; ")[0]
-    return "".join("#" if c.isdigit() else c for c in text)[:80]
+    head, _, tail = reason.partition(": ")
+    text = reason if not tail or re.search(r"\b(got|expected)\b", head) else tail
+    return re.sub(r"\d+(\.\d+)?", "#", text.split(" (")[0].split("; ")[0])[:80]

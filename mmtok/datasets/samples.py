@@ -90,22 +90,21 @@ class Gallery:
         shown = [x for x in spans if x.tokenizer or x.name in ("<user>", "<assistant>")]
         for span in shown[:SEGMENTS]:
             if span.tokenizer:
-                parts.append(self._segment(ids, span, rows.get(span.start), meta))
+                parts.append(self._segment(number, ids, span, rows.get(span.start)))
             else:
                 parts.append(tag("p", span.name.strip("<>"), class_="turn"))
         if len(shown) > SEGMENTS:
             parts.append(tag("p", f"and {len(shown) - SEGMENTS:,} more segments", class_="note"))
         return tag("article", *parts)
 
-    def _segment(self, ids: np.ndarray, span: Span, row: np.ndarray | None, meta: dict[str, Any]) -> Markup:
+    def _segment(self, number: int, ids: np.ndarray, span: Span, row: np.ndarray | None) -> Markup:
         """The original beside what is decoded."""
-        listed = meta.get("segments")
-        segments = listed if isinstance(listed, list) else []
+        segments = self.dataset.segments(number)
         index, sizes = (int(row[3]), (int(row[4]), int(row[5]))) if row is not None else (-1, (0, 0))
-        segment = segments[index] if 0 <= index < len(segments) and isinstance(segments[index], dict) else {}
+        segment = segments[index] if 0 <= index < len(segments) else {}
         if span.kind == "text":
             return self._text(ids, span, segment, sizes[0])
-        name = f"segment {index} of {meta.get('id')}"
+        name = f"segment {index} of {self.dataset.meta(number).get('id')}"
         codes = "x".join(map(str, span.shape)) + f" codes of {span.tokenizer}"
         if span.kind == "image":
             size = sizes if min(sizes) > 0 else None

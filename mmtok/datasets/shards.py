@@ -194,7 +194,7 @@ class TokenDataset:
             VocabularyMismatchError: the dataset has another vocabulary than ``registry``; the difference is named.
         """
         folder = Path(path)
-        value = _read_json(folder)
+        value = read_index(folder)
         try:
             own = VocabularyRegistry.from_json((folder / VOCAB_FILE).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -270,6 +270,20 @@ class TokenDataset:
         shard, at = self.locate(index)
         return shard.meta(at)
 
+    def segments(self, index: int) -> list[dict[str, Any]]:
+        """The segments of a document as in the manifest (without their text), with the paths of media made absolute."""
+        listed = self.meta(index).get("segments")
+        root = str(self.settings.get("root", ""))
+        out = []
+        for segment in listed if isinstance(listed, list) else []:
+            whole = dict(segment) if isinstance(segment, dict) else {}
+            for key in ("path", "table"):
+                place = whole.get(key)
+                if root and isinstance(place, str) and "://" not in place:
+                    whole[key] = os.path.join(root, place)  # what is absolute stays so
+            out.append(whole)
+        return out
+
     def image_sizes(self, index: int) -> list[tuple[int, int]]:
         """(H, W) in pixels of each image of a document, in order: what ``MultimodalTokenizer.decode`` crops to."""
         images = [x.modality == "image" for x in self.registry.tokenizers]
@@ -294,7 +308,7 @@ class TokenDataset:
         Raises:
             DataError: another dataset took its place, or a shard has another size.
         """
-        if (found := _read_json(self.path)["sum"]) != self.fingerprint:
+        if (found := read_index(self.path)["sum"]) != self.fingerprint:
             raise DataError(
                 f"{self.path} was changed while it was open: it is dataset {found[:12]}, expected "
                 f"{self.fingerprint[:12]}; open it again"
@@ -345,8 +359,12 @@ def _render(value: dict[str, Any]) -> bytes:
     return (body.removesuffix("\n}") + f',\n "sum": "{total}"\n}}\n').encode()
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
-    """dataset.json, with every part of the right type, and unchanged."""
+def read_index(folder: Path) -> dict[str, Any]:
+    """dataset.json of a directory, with every part of the right type, and unchanged.
+
+    Raises:
+        DataError: it is missing, of another format, damaged, or was edited.
+    """
     file = folder / DATASET_FILE
     try:
         data = file.read_bytes()

@@ -22,7 +22,7 @@ import numpy as np
 from mmtok.checkpoints import sha256_file
 from mmtok.datasets.chunks import chunks, meta_lines
 from mmtok.datasets.shardfile import SPAN_COLUMNS, Shard
-from mmtok.datasets.shards import DATASET_FILE, _read_json, token_dtype
+from mmtok.datasets.shards import DATASET_FILE, read_index, token_dtype
 from mmtok.errors import CheckpointError, DataError, MmtokError, SequenceError, VocabularyError
 from mmtok.grammar import Grammar, Span
 from mmtok.loading import find_tokenizer, load
@@ -71,7 +71,7 @@ def faults(
         DataError: no dataset, another format, or a dataset.json that is damaged, without which nothing can be told.
     """
     folder = Path(path)
-    index = _read_json(folder)
+    index = read_index(folder)
     yield from _compare(folder, VOCAB_FILE, index["vocabulary"])
     yield from _compare(folder, index["quarantine"]["file"], index["quarantine"]["sha256"])
     yield from _quarantine(folder, index["quarantine"]["file"], index["quarantine"]["documents"])
@@ -99,7 +99,7 @@ def faults(
 
 def size_of(path: str | Path) -> tuple[int, int]:
     """Documents and tokens of a dataset as its dataset.json says; raises as ``faults``."""
-    shards = _read_json(Path(path))["shards"]
+    shards = read_index(Path(path))["shards"]
     return sum(x["documents"] for x in shards), sum(x["tokens"] for x in shards)
 
 
