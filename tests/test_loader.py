@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -228,6 +229,13 @@ def test_workers_change_nothing(packs, workers):
     same(take(Batches(packs, 4, seed=1, dense=False).load(num_workers=workers, prefetch_factor=3), 25), expected)
     loader = torch.utils.data.DataLoader(Batches(packs, 4, seed=1, dense=False), batch_size=None, num_workers=workers)
     same(take(loader, 25), expected)
+
+
+def test_batches_in_a_process_that_shares_no_memory(others):
+    batches = Batches(others, 4, seed=1, weights=[2, 1, 1])
+    take(batches, 7)
+    copy = pickle.loads(pickle.dumps(batches))
+    same(take(copy, 20), take(batches, 20))
 
 
 @pytest.mark.parametrize("rows", [4, 60, 188])
