@@ -12,7 +12,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtok import media
+from mmtok import media, sounds
 from mmtok.containers import find_fault, mp3_stream, ogg_checksum
 from mmtok.errors import MediaError
 
@@ -175,7 +175,7 @@ def test_an_mp3_file_is_read_without_seams(tmp_path, monkeypatch, level):
     path = put(tmp_path, "a.mp3", data)
     whole = soundfile.read(path, dtype="float32")[0]
     assert find_fault(str(path), RATE) is None
-    monkeypatch.setattr(media, "_BLOCK", 10_000)
+    monkeypatch.setattr(sounds, "_BLOCK", 10_000)
     assert np.array_equal(media.read_audio(path, None)[0], np.clip(whole, -1, 1))
     for start in (0.01, 0.5, 2.345, 5.0):
         part = media.read_audio(path, None, start, start + 0.5)[0]

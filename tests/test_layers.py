@@ -32,6 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("adapters",),
     ("resampling",),
     ("sniffing", "containers"),
+    ("sounds",),
     ("media",),
     ("documents",),
     ("nearest_triton",),

@@ -10,7 +10,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtok import media
+from mmtok import media, sounds
 from mmtok.errors import MediaError
 from mmtok.resampling import Resampler, resample
 
@@ -45,7 +45,7 @@ def test_memory_does_not_grow_with_the_sound() -> None:
 def test_blocks_are_what_is_read_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample_rate: int | None, mono: bool
 ) -> None:
-    monkeypatch.setattr(media, "_BLOCK", 1000)
+    monkeypatch.setattr(sounds, "_BLOCK", 1000)
     x = np.random.default_rng(0).uniform(-0.5, 0.5, (30_000, 2)).astype(np.float32)
     soundfile.write(tmp_path / "a.flac", x, 22050, subtype="PCM_24")
     whole = media.read_audio(tmp_path / "a.flac", sample_rate, 0.1, 1.2, mono)
@@ -67,7 +67,7 @@ def test_longer_than_the_limit_of_a_whole_reading(tmp_path: Path, monkeypatch: p
 def test_a_bad_sample_is_named_by_its_second(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float, words: str
 ) -> None:
-    monkeypatch.setattr(media, "_BLOCK", 4000)
+    monkeypatch.setattr(sounds, "_BLOCK", 4000)
     x = np.zeros(20_000, np.float32)
     x[15_000] = value
     soundfile.write(tmp_path / "a.wav", x, 10_000, subtype="FLOAT")
@@ -80,7 +80,7 @@ def test_a_bad_sample_is_named_by_its_second(
 
 
 def test_a_damaged_file_is_named_by_its_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(media, "_BLOCK", 4096)
+    monkeypatch.setattr(sounds, "_BLOCK", 4096)
     x = np.random.default_rng(0).uniform(-0.5, 0.5, 32_000).astype(np.float32)
     soundfile.write(tmp_path / "a.flac", x, 16_000)
     data = bytearray((tmp_path / "a.flac").read_bytes())

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-import soundfile
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
@@ -45,14 +42,9 @@ def sound_samples(path: media.PathLike, rate: int, start: float | None = None, e
     Raises:
         MediaError: no sound.
     """
-    if media.sniff(path) != "audio":
-        raise MediaError(f"{path}: expected audio (wav, flac, ogg, opus, mp3)")
-    try:
-        info = soundfile.info(os.fspath(path))
-    except (soundfile.SoundFileError, OSError, ValueError) as error:
-        raise MediaError(f"{path}: damaged or cut short audio ({one_line(error)})") from error
-    first = round((start or 0.0) * info.samplerate)
-    last = info.frames if end is None else min(info.frames, round(end * info.samplerate))
+    frames, own = media.audio_length(path)
+    first = round((start or 0.0) * own)
+    last = frames if end is None else min(frames, round(end * own))
     if last <= first:
         raise MediaError(f"{path}: no sample lies between {start} s and {end} s")
-    return -(-(last - first) * rate // info.samplerate)
+    return -(-(last - first) * rate // own)
