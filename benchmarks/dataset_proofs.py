@@ -2,9 +2,9 @@
 
     python benchmarks/dataset_proofs.py --data data
 
-The corpus is recorded names of the stamps in ten languages (train split): each document is a picture, its name as text,
-and the name spoken; 2,400 of them, evenly spread. Writes benchmarks/results/dataset_proofs.json. The disks are made with
-mount, for which one must be root; without, that part says that it was not run.
+The corpus is recorded names of the stamps in ten languages (train split): each document is a picture, its name as
+text, and the name spoken; 2,400 of them, evenly spread. Writes benchmarks/results/dataset_proofs.json. The disks are
+made with mount, for which one must be root; without, that part says that it was not run.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 
 from mmtok.datasets.loader import Batches
-from mmtok.datasets.packing import Packs
+from mmtok.datasets.loader.packing import Packs
 from mmtok.datasets.shards import TokenDataset, write_dataset
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
 

@@ -257,7 +257,8 @@ def _stated(first: bytes) -> tuple[bool, int | None]:
     """Whether the first frame is one without sound (Xing, Info, VBRI), and the number of frames that it states."""
     side = _side(first)
     if first[side : side + 4] in (b"Xing", b"Info"):
-        return True, int.from_bytes(first[side + 8 : side + 12], "big") if first[side + 7] & 1 else None
+        has_count = int.from_bytes(first[side + 7 : side + 8], "big") & 1  # the file may end here
+        return True, int.from_bytes(first[side + 8 : side + 12], "big") if has_count else None
     if first[36:40] == b"VBRI":
         return True, int.from_bytes(first[50:54], "big")
     return False, None

@@ -251,3 +251,15 @@ def test_wav_in_every_order_and_size(tmp_path):
     fault = find_fault(str(path), RATE)
     assert fault is not None
     assert fault.reason == "cut short: 9600 bytes of sound, the header says 3456000000"
+
+
+def test_no_beginning_of_a_file_is_a_crash(tmp_path):
+    """Cut anywhere in its headers: a MediaError, or a sound; and MP3 files anywhere in their first frames."""
+    for name, data in (("ogg", OGG), ("opus", OPUS), ("mp3", MP3), ("wav", encoded("wav", sound(0.1)))):
+        for keep in [*range(1, 120), *range(120, 700, 9)]:
+            path = put(tmp_path, f"x.{name}", data[:keep])
+            try:
+                media.audio_length(path)
+                media.read_audio(path, None)
+            except MediaError as error:
+                assert str(error).startswith(str(path))  # noqa: PT017

@@ -23,9 +23,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from noise import encoded, pixels, write_tar
 
 from mmtok import media
-from mmtok.datasets import content, files
-from mmtok.datasets.content import label_of, local_copy
-from mmtok.datasets.sources import open_source
+from mmtok.datasets.sources import content, files, open_source
+from mmtok.datasets.sources.content import label_of, local_copy
 from mmtok.errors import DataError, MediaError
 
 PNG = encoded(pixels(0, 40, 40))

@@ -22,10 +22,9 @@ from commands import contents, refused, run
 from corpora import document_of, write_corpus
 
 from mmtok.datasets import build as building
-from mmtok.datasets import encode as encoding
-from mmtok.datasets import units
-from mmtok.datasets.build import BuildReport, Progress, build
-from mmtok.datasets.encode import EncodeConfig
+from mmtok.datasets.build import BuildReport, Progress, build, units
+from mmtok.datasets.build import encode as encoding
+from mmtok.datasets.build.encode import EncodeConfig
 from mmtok.datasets.plan import plan
 from mmtok.datasets.shardfile import find_spans
 from mmtok.datasets.shards import TokenDataset
@@ -189,7 +188,7 @@ def test_a_stopped_build_goes_on(corpus: Path, built: Path, tmp_path: Path, afte
 
 KILLED = """
 import os, signal, sys
-from mmtok.datasets import units
+from mmtok.datasets.build import units
 from mmtok.datasets.build import build
 from mmtok.datasets import shardfile
 units.DOCUMENTS = 7

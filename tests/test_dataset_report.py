@@ -25,13 +25,12 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from mmtok import media
-from mmtok.datasets import charts
-from mmtok.datasets.markup import escaped, tag
-from mmtok.datasets.report import write_report
-from mmtok.datasets.samples import choose
+from mmtok.datasets.report import charts, write_report
+from mmtok.datasets.report.markup import escaped, tag
+from mmtok.datasets.report.samples import choose
+from mmtok.datasets.report.statistics import CONTEXTS, STEPS, Sizes, gather, usage
 from mmtok.datasets.shardfile import Record
 from mmtok.datasets.shards import TokenDataset, write_dataset
-from mmtok.datasets.statistics import CONTEXTS, STEPS, Sizes, gather, usage
 from mmtok.evaluation.plots import spectrogram
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.registry import MODALITIES
@@ -222,7 +221,7 @@ def test_a_long_sound_is_cut_and_a_large_picture_made_smaller(made: Any, tmp_pat
     drawn = [pixels(x) for x in page.all("img")]
     assert [x.shape for x in drawn] == [(3, 160, 320), (3, 160, 320), (3, 60, 120), (3, 60, 120)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mmtok.datasets.samples.SIDE", 40)
+        patch.setattr("mmtok.datasets.report.samples.SIDE", 40)
         write_report(TokenDataset.open(folder / "long"), tmp_path / "r.html")
     page = Page(tmp_path / "r.html")
     assert [pixels(x).shape for x in page.all("img")] == [(3, 20, 40), (3, 20, 40)]
@@ -303,10 +302,10 @@ def test_a_sample_is_any_document_alike(made: Any, tmp_path: Path) -> None:
 
 def test_the_page_is_bounded(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = TokenDataset.open(made[0] / "d")
-    monkeypatch.setattr("mmtok.datasets.samples.MEDIA_BYTES", 0)
+    monkeypatch.setattr("mmtok.datasets.report.samples.MEDIA_BYTES", 0)
     bare = write_report(dataset, tmp_path / "r.html", spectrogram=spectrogram)["bytes"]
     assert not Page(tmp_path / "r.html").all("img")
-    monkeypatch.setattr("mmtok.datasets.samples.MEDIA_BYTES", 20_000)
+    monkeypatch.setattr("mmtok.datasets.report.samples.MEDIA_BYTES", 20_000)
     full = write_report(dataset, tmp_path / "r.html", spectrogram=spectrogram)["bytes"]
     assert bare < full < bare + 20_000 * 4 / 3 + 2000
     page = Page(tmp_path / "r.html")

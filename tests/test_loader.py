@@ -21,10 +21,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtok.datasets import gathering
-from mmtok.datasets.loader import Batches
-from mmtok.datasets.order import BLOCK, Order, permute, slots
-from mmtok.datasets.packing import Packs
+from mmtok.datasets.loader import Batches, gathering
+from mmtok.datasets.loader.order import BLOCK, Order, permute, slots
+from mmtok.datasets.loader.packing import Packs
 from mmtok.datasets.shards import TokenDataset, write_dataset
 from mmtok.errors import ConfigError, DataError, VocabularyMismatchError
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
@@ -271,7 +270,7 @@ CONSUMER = """
 import hashlib, json, sys, time
 from pathlib import Path
 from mmtok.datasets.loader import Batches
-from mmtok.datasets.packing import Packs
+from mmtok.datasets.loader.packing import Packs
 from mmtok.datasets.shards import TokenDataset
 folder = Path(sys.argv[1])
 batches = Batches(Packs(TokenDataset.open(folder / "d"), 32), 4, seed=9)

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtok.datasets import manifest
-from mmtok.datasets.manifest import located, parse_json, read_folder, read_manifest
+from mmtok.datasets.sources import manifest
+from mmtok.datasets.sources.manifest import located, parse_json, read_folder, read_manifest
 from mmtok.errors import DataError
 
 COW = {"id": "cow", "segments": [{"type": "text", "text": "a cow"}]}

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmtok.datasets import gathering, packing
-from mmtok.datasets.gathering import Gatherer
-from mmtok.datasets.packing import Packs, best_fit, places
+from mmtok.datasets.loader import gathering, packing
+from mmtok.datasets.loader.gathering import Gatherer
+from mmtok.datasets.loader.packing import Packs, best_fit, places
 from mmtok.datasets.shards import TokenDataset, write_dataset
 from mmtok.errors import ConfigError, DataError
 from mmtok.registry import TokenizerSpec, VocabularyRegistry

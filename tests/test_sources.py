@@ -20,9 +20,8 @@ import pytest
 import soundfile
 from noise import encoded, pixels, write_tar
 
-from mmtok.datasets import tables
-from mmtok.datasets.content import local_copy
-from mmtok.datasets.sources import open_source
+from mmtok.datasets.sources import open_source, tables
+from mmtok.datasets.sources.content import local_copy
 from mmtok.errors import DataError, MediaError
 
 PNG = [encoded(pixels(i)) for i in range(4)]

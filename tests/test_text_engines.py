@@ -89,10 +89,11 @@ def test_a_long_run_of_one_thing(fast: ByteLevelBPE, reference: ByteLevelBPE, un
 
 @pytest.mark.parametrize("unit", [" ", "a"])
 def test_ten_million_of_one_character(fast: ByteLevelBPE, unit: str) -> None:
-    """tiktoken gives up on a million spaces in a row: tokenizers takes over for that call."""
-    (ids,) = fast.encode([unit * 10_000_000])
+    """tiktoken gives up on a million spaces in a row: tokenizers, slower, takes over for that call."""
+    millions = 2 if fast.engine == "tiktoken" else 10
+    (ids,) = fast.encode([unit * millions * 1_000_000])
     (piece,) = fast.encode([unit * 1_000_000])
-    np.testing.assert_array_equal(ids, np.tile(piece, 10))
+    np.testing.assert_array_equal(ids, np.tile(piece, millions))
 
 
 def test_literals_are_only_text(fast: ByteLevelBPE) -> None:

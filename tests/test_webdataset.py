@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from noise import SPLITS, encoded, keys, looks_like, names, pixels, write_tar
 
 from mmtok import media
-from mmtok.datasets.files import expand_braces
-from mmtok.datasets.webdataset import pictures
+from mmtok.datasets.sources.files import expand_braces
+from mmtok.datasets.sources.webdataset import pictures
 from mmtok.errors import DataError, MediaError
 from mmtok.training.data import load_images
 from mmtok.training.pictures import open_pictures

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from mmtok import layouts, media
-from mmtok.datasets.content import local_copy
-from mmtok.datasets.encode import READERS, EncodeConfig, check_grid, chosen
-from mmtok.datasets.probe import image_size, sound_samples
+from mmtok.datasets.build.encode import READERS, EncodeConfig, check_grid, chosen
 from mmtok.datasets.shards import token_dtype
+from mmtok.datasets.sources.content import local_copy
+from mmtok.datasets.sources.probe import image_size, sound_samples
 from mmtok.documents import Audio, Image, check_text
 from mmtok.errors import ConfigError, MediaError
 from mmtok.multimodal import MultimodalTokenizer

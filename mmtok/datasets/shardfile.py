@@ -10,7 +10,7 @@
     spans      int32 [S, 6]       SPAN_COLUMNS
     tokens     uint16|uint32 [T]  the ids of whole documents one after another
     meta       uint8 [M]          a line of JSON for each document, then padding
-    keys       uint8 [D, 16]      what each document was made from, see ``mmtok.datasets.encode``
+    keys       uint8 [D, 16]      what each document was made from, see ``mmtok.datasets.build.encode``
     sums       uint64 [B]         XXH3-64 (https://xxhash.com) of each 64 KiB of the file, up to the sums themselves
 
 Any safetensors library reads it. Ids in a file have no redundancy, a flipped bit would be another id: so a block is

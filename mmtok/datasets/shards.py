@@ -20,6 +20,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -384,3 +385,10 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not fine or _render(value) != data:
         raise DataError(f"{file} is damaged or was edited; fetch or build the dataset again")
     return value
+
+
+def kind_of(reason: str) -> str:
+    """A reason without the name of the file, its numbers and what is in brackets, so that equal ones can be counted."""
+    head, _, tail = reason.partition(": ")
+    text = reason if not tail or re.search(r"\b(got|expected)\b", head) else tail
+    return re.sub(r"\d+(\.\d+)?", "#", text.split(" (")[0].split("; ")[0])[:80]

@@ -1,4 +1,4 @@
-"""What the recipes read: manifests or folders of media (:mod:`mmtok.datasets.manifest`), and the splits.
+"""What the recipes read: manifests or folders of media (:mod:`mmtok.datasets.sources.manifest`), and the splits.
 
 documents      -- every document of a manifest or a folder, with its split
 items          -- every segment of one modality in one split
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmtok.datasets.manifest import SUFFIXES, read_folder, read_manifest
+from mmtok.datasets.sources.manifest import SUFFIXES, read_folder, read_manifest
 from mmtok.errors import DataError
 
 

@@ -32,8 +32,8 @@ import numpy as np
 from PIL import Image as PILImage
 
 from mmtok import media
-from mmtok.datasets import tables
-from mmtok.datasets.webdataset import Member, find_shards, pictures
+from mmtok.datasets.sources import tables
+from mmtok.datasets.sources.webdataset import Member, find_shards, pictures
 from mmtok.errors import DataError, MediaError
 from mmtok.sniffing import one_line
 from mmtok.training.corpus import items, split_of

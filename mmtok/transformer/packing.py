@@ -1,7 +1,7 @@
 """Document packing: several whole documents in one row of fixed length, none of which sees another.
 
-Best fit, longest first, as in token datasets (``mmtok.datasets.packing``); here of documents in memory. Positions
-restart at 0 in every document.
+Best fit, longest first, as in token datasets (``mmtok.datasets.loader.packing``); here of documents in memory.
+Positions restart at 0 in every document.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmtok.datasets.packing import best_fit
+from mmtok.datasets.loader.packing import best_fit
 from mmtok.errors import SequenceError
 
 
