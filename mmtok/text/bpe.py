@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from mmtok.errors import CheckpointError
 from mmtok.text.bytelevel import FILE as FILE
-from mmtok.text.bytelevel import ByteLevelTokenizer, byte_table, check_vocab_size
+from mmtok.text.bytelevel import ByteLevelTokenizer, byte_table, check_vocab_size, compact_json
 
 
 class ByteLevelBPE(ByteLevelTokenizer):
@@ -45,7 +45,9 @@ class ByteLevelBPE(ByteLevelTokenizer):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        return cls(cls._fit(models.BPE(), trainer, texts))
+        spec = json.loads(cls._fit(models.BPE(), trainer, texts))
+        spec["model"]["merges"] = [" ".join(pair) for pair in spec["model"]["merges"]]  # a third shorter than as lists
+        return cls(compact_json(spec))
 
     @classmethod
     def _read(cls, tokenizer_json: str) -> tuple[bytes, ...]:

@@ -267,6 +267,11 @@ def check_vocab_size(vocab_size: int) -> None:
         raise ConfigError(f"got vocab_size {vocab_size}, expected at least 256 (one id for each byte)")
 
 
+def compact_json(spec: dict[str, Any]) -> str:
+    """A tokenizer.json without spaces and escapes."""
+    return json.dumps(spec, ensure_ascii=False, separators=(",", ":"))
+
+
 def byte_table(spec: dict[str, Any], tokens: Sequence[str], problems: dict[str, bool], noun: str) -> tuple[bytes, ...]:
     """The bytes of each id, after checking that the tokenizer is complete and knows no special token.
 

@@ -99,7 +99,9 @@ class Tiktoken:
         split, byte_level = spec["pre_tokenizer"]["pretokenizers"]
         pairs = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
         results = [spec["model"]["vocab"][left + right] for left, right in pairs]
-        model = Tokenizer.from_str(tokenizer_json).model
+        # With ignore_merges a token that is a whole word would count as reached.
+        plain = json.dumps({**spec, "model": {**spec["model"], "ignore_merges": False}})
+        model = Tokenizer.from_str(plain).model
         same = {
             "split": (split["type"], split["behavior"], split["invert"]) == ("Split", "Isolated", False),
             "bytes": (byte_level["type"], byte_level["add_prefix_space"]) == ("ByteLevel", False),
@@ -117,8 +119,7 @@ class Tiktoken:
         )
 
     def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        one = self._encoding.encode_to_numpy
-        return _flat([one(text, disallowed_special=()) for text in texts])
+        return _flat([*map(self._encoding.encode_ordinary, texts)])
 
 
 class Tokenizers:
@@ -199,9 +200,7 @@ def _attempt(action: Any, *arguments: Any) -> Any:
         return None
 
 
-def _flat(rows: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
+def _flat(rows: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     bounds = np.zeros(len(rows) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, rows), np.int64, len(rows)), out=bounds[1:])
-    if rows and isinstance(rows[0], np.ndarray):
-        return np.concatenate(rows), bounds
     return np.fromiter(chain.from_iterable(rows), np.int64, int(bounds[-1])), bounds

@@ -14,7 +14,7 @@ from typing import ClassVar, Self
 from tokenizers import models, pre_tokenizers, trainers
 
 from mmtok.errors import CheckpointError
-from mmtok.text.bytelevel import ByteLevelTokenizer, byte_table, check_vocab_size
+from mmtok.text.bytelevel import ByteLevelTokenizer, byte_table, check_vocab_size, compact_json
 
 _DIGITS = 6
 _UNNEEDED = 256 * 1e-4  # the trainer gives bytes that it did not need the lowest score, and each next one 0.0001 more
@@ -54,7 +54,7 @@ class ByteLevelUnigram(ByteLevelTokenizer):
         unneeded = [piece for piece in sorted(scores) if len(piece) == 1 and scores[piece] <= lowest + _UNNEEDED]
         scores.update(zip(unneeded, sorted(scores[piece] for piece in unneeded), strict=True))
         spec["model"]["vocab"] = sorted(scores.items(), key=lambda entry: (-entry[1], entry[0]))
-        return cls(json.dumps(spec, ensure_ascii=False))
+        return cls(compact_json(spec))
 
     @classmethod
     def _read(cls, tokenizer_json: str) -> tuple[bytes, ...]:
