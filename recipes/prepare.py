@@ -9,7 +9,7 @@ Leaves, under ``data/``:
     speech-en/          the stamps' English names, spoken by a neural voice (piper, joe) and by espeak-ng
     images.jsonl        clip art, stamps, photographs         -> recipes/image.py
     audio.jsonl         spoken names, sounds, music           -> recipes/audio.py
-    text.jsonl          source code, documentation, names     -> recipes/text.py
+    text.jsonl          source code, documentation, names, and prose in about a hundred languages -> recipes/text.py
     trimodal.jsonl      picture, name and spoken name of one concept -> recipes/any_to_any.py
 
 Every line carries its split, fixed by a hash of the path, so that it is the same on every machine.
@@ -19,11 +19,14 @@ Packages that were fetched by hand can be handed over with --debs; on a machine 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import re
 import shutil
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +35,32 @@ from rich.progress import track
 
 from mmtok.training.corpus import bucket, split_of
 
-PACKAGES = ("tuxpaint-stamps-default", "openclipart-png", "plasma-workspace-wallpapers", "sonic-pi-samples")
+MEDIA = ("tuxpaint-stamps-default", "openclipart-png", "plasma-workspace-wallpapers", "sonic-pi-samples")
+MANUALS = tuple(
+    f"manpages-{x}"
+    for x in (
+        "cs", "da", "de", "el", "es", "fi", "fr", "hu", "id", "it", "ja", "mk", "nb", "nl", "pl", "pt-br", "ro", "ru",
+        "sr", "sv", "tr", "uk", "vi", "zh",
+    )
+)  # fmt: skip
+PACKAGES = (*MEDIA, "mediawiki", "gnome-user-docs", "manpages", *MANUALS)
 STAMPS = "tuxpaint-stamps-default/usr/share/tuxpaint/stamps"
 CLIPART = "openclipart-png/usr/share/openclipart/png"
 PHOTOS = "plasma-workspace-wallpapers/usr/share/wallpapers"
 SAMPLES = "sonic-pi-samples/usr/share/sonic-pi/samples"
+HELP = "gnome-user-docs/usr/share/help"
+MESSAGES = "mediawiki/usr/share/mediawiki/languages/i18n"
+PARTS = 100  # documents that the messages of one language are dealt to
+# Of MediaWiki's languages: those that most of its messages are translated to, and some more scripts.
+LANGUAGES = (
+    "am", "ar", "as", "az", "ba", "be", "bg", "bn", "bo", "br", "bs", "ca", "ckb", "cs", "cv", "cy", "da", "de", "dv",
+    "dz", "el", "en", "eo", "es", "et", "eu", "fa", "fi", "fo", "fr", "fy", "ga", "gd", "gl", "gu", "he", "hi", "hr",
+    "hu", "hy", "ia", "id", "ig", "is", "it", "ja", "jv", "ka", "kk-cyrl", "km", "kn", "ko", "ku-latn", "ky", "lb",
+    "lo", "lt", "lv", "mg", "mk", "ml", "mn", "mr", "ms", "mt", "my", "nb", "ne", "nl", "nn", "nqo", "oc", "or", "pa",
+    "pl", "ps", "pt", "pt-br", "ro", "ru", "sa", "sah", "sd", "si", "sk", "sl", "so", "sq", "sr-ec", "sr-el", "su",
+    "sv", "sw", "ta", "te", "tg-cyrl", "th", "ti", "tk", "tl", "tr", "tt-cyrl", "ug-arab", "uk", "ur", "uz", "vi",
+    "yi", "yo", "zh-hans", "zh-hant",
+)  # fmt: skip
 MAX_NAME = 14  # characters of a concept's name in the trimodal corpus: short names of single things
 ESPEAK_VOICES = ("en-us", "en-gb+f3")
 
@@ -176,7 +200,8 @@ def _sound(out: Path, path: Path, identity: str, concept: str, language: str, ki
     }  # fmt: skip
 
 
-def text_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[dict]:
+def text_manifest(out: Path, corpora: Path) -> list[dict]:
+    """Source code, documentation and names, without a language; manuals, help and messages with theirs."""
     import sysconfig
 
     lines = []
@@ -197,7 +222,73 @@ def text_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[dict]
                 lines.append(
                     {"id": f"{root.name}/{key}", "split": split_of(key), "source": root.name, "segments": [segment]}
                 )
+    found = [*manuals(corpora), *help_pages(corpora / HELP), *messages(corpora / MESSAGES)]
+    for source, key, locale, text in track(found, "writing texts"):
+        if text.strip():
+            language = re.split("[-_@]", locale)[0]
+            segments = [{"type": "text", "text": text[:50_000], "language": language}]
+            # One document in all its languages is in one split.
+            name = {"id": f"{source}/{key}/{locale}", "split": split_of(key), "source": source, "language": language}
+            lines.append({**name, "segments": segments})
     return lines
+
+
+def manuals(corpora: Path) -> Iterator[tuple[str, str, str, str]]:
+    """(source, key, locale, text) of every manual page; the key is man1/ls.1 in all languages."""
+    for path in sorted(p for name in ("manpages", *MANUALS) for p in (corpora / name).rglob("man/**/*.gz")):
+        if not path.is_symlink():
+            try:
+                text = plain_manual(gzip.decompress(path.read_bytes()).decode())
+            except UnicodeDecodeError:
+                continue  # of another encoding
+            locale = path.parts[-3] if path.parts[-3] != "man" else "en"
+            yield "manuals", f"{path.parent.name}/{path.stem}", locale, text
+
+
+def plain_manual(troff: str) -> str:
+    """The text of a manual page without the marks of troff."""
+    lines = []
+    for line in troff.splitlines():
+        if line[:1] in (".", "'"):
+            heading = re.match(r"\.(?:S[HS]|[BI]|[BIR]{2}|IP) +(.+)", line)
+            if heading is None:
+                continue
+            line = heading[1].replace('"', "")
+        line = re.sub(r"\\f(?:\(..|\[[^]]*\]|.)|\\s[-+]?\d|\\[&,/|^%:!)]", "", line)
+        line = re.sub(r"\\\[u([0-9A-F]{4,6})\]", lambda m: chr(int(m[1], 16)), line)
+        line = line.replace(r"\(aq", "'").replace(r"\(bu", "•").replace(r"\(em", "—").replace(r"\(en", "–")
+        line = re.sub(r"\\\(..|\\\*\(..|\\\*.|\\\[[^]]*\]", "", line)
+        lines.append(re.sub(r"\\([- ~0])", r"\1", line).replace(r"\e", "\\").replace(r"\\", "\\"))
+    return "\n".join(lines)
+
+
+def help_pages(root: Path) -> Iterator[tuple[str, str, str, str]]:
+    """(source, key, locale, text) of every page of GNOME's help; paragraphs that are not translated are left out."""
+    english = {path.relative_to(root / "C"): paragraphs(path) for path in sorted((root / "C").rglob("*.page"))}
+    for locale in sorted(p.name for p in root.iterdir()):
+        for relative, source in english.items():
+            path = root / locale / relative
+            if path.is_file():
+                own = [x for x in paragraphs(path) if locale == "C" or x not in source]
+                yield "help", str(relative.with_suffix("")), "en" if locale == "C" else locale, "\n\n".join(own)
+
+
+def paragraphs(page: Path) -> list[str]:
+    """Titles and paragraphs of a page in Mallard, each in one line."""
+    found = [x for x in ElementTree.parse(page).iter() if x.tag.rpartition("}")[2] in ("title", "p")]
+    return [text for x in found if (text := " ".join("".join(x.itertext()).split()))]
+
+
+def messages(root: Path) -> Iterator[tuple[str, str, str, str]]:
+    """(source, key, locale, text) of MediaWiki's messages, dealt to documents by their names, the same everywhere."""
+    english = json.loads((root / "en.json").read_text(encoding="utf-8"))
+    for locale in LANGUAGES:
+        parts: dict[int, list[str]] = {}
+        for name, text in json.loads((root / f"{locale}.json").read_text(encoding="utf-8")).items():
+            if isinstance(text, str) and (locale == "en" or text != english.get(name)):
+                parts.setdefault(bucket(name) % PARTS, []).append(text)
+        for part, texts in sorted(parts.items()):
+            yield "messages", f"messages/{part}", locale, "\n".join(texts)
 
 
 def trimodal_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[dict]:
@@ -246,7 +337,7 @@ def main() -> None:
     speak({k: v for k, v in names.items() if len(v) <= 80}, out / "speech-en")
     write(out / "images.jsonl", image_manifest(out, corpora))
     write(out / "audio.jsonl", audio_manifest(out, corpora))
-    write(out / "text.jsonl", text_manifest(out, corpora, names))
+    write(out / "text.jsonl", text_manifest(out, corpora))
     write(out / "trimodal.jsonl", trimodal_manifest(out, corpora, names))
 
 
