@@ -153,7 +153,7 @@ def test_without_matplotlib(home: Path, tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("tokenizers", "options", "says"),
     [
-        (["text-4k"], [], "got the tokenizers text-4k for text; expected all for images, or all for audio"),
+        (["first", "text-4k"], [], "first for image, text-4k for text; expected all for images, all for audio, or all"),
         (["nowhere"], [], "nowhere"),
         (["first", "first"], [], "twice"),
         (["first"], ["--peers", "gif"], "'GIF', expected some of JPEG, WEBP, AVIF"),

@@ -176,8 +176,8 @@ def test_without_the_packages_of_evaluation(
 @pytest.mark.parametrize(
     ("tokenizers", "options", "says"),
     [
-        (["first", "image-64-f8"], [], "first for audio, image-64-f8 for image; expected all for images, or all for"),
-        (["first", "text-4k"], [], "first for audio, text-4k for text; expected all for images, or all for audio"),
+        (["first", "image-64-f8"], [], "first for audio, image-64-f8 for image; expected all for images"),
+        (["first", "text-4k"], [], "first for audio, text-4k for text; expected all for images, all for audio, or all"),
         (["first"], ["--peers", "jpeg"], "'jpeg', expected opus or none"),
         (["first"], ["--size", "64"], "--size 64 for audio tokenizers"),
         (["first"], ["--split", "holdout"], "no audio in split 'holdout'"),
