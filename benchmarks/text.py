@@ -1,4 +1,4 @@
-"""Figures of the bundled text tokenizer on the test split.
+"""Figures of the bundled text tokenizers on the test split, by source and by language.
 
     python benchmarks/text.py --data data
 
@@ -13,24 +13,32 @@ import json
 from pathlib import Path
 
 import mmtok
+from mmtok.evaluation.texts import language_of, texts_report
 from mmtok.training.corpus import items
 
 RESULTS = Path(__file__).resolve().parent / "results" / "text.json"
+NAMES = ("text-4k", "text-16k")
 
 
 def text_figures(data: Path) -> dict:
-    """Bytes per token and losslessness, by source."""
-    tokenizer = mmtok.load("text-4k")
-    out: dict = {"fingerprint": tokenizer.fingerprint, "vocabulary": tokenizer.codebook_sizes[0]}
+    """Of each tokenizer: tokens and losslessness, by source, and by language where the source says it."""
     test = items(data / "text.jsonl", "text", "test")
-    for source in sorted({x.source for x in test}):
-        texts = [str(x.segment["text"]) for x in test if x.source == source]
-        ids = tokenizer.encode(texts)
-        size = sum(len(x.encode()) for x in texts)
-        out[source] = {
-            "documents": len(texts),
-            "bytes_per_token": round(size / sum(map(len, ids)), 3),
-            "identical": sum(a == b for a, b in zip(tokenizer.decode(ids), texts, strict=True)),
+    texts = [str(x.segment["text"]) for x in test]
+    told = [i for i, x in enumerate(test) if "language" in x.segment]
+    out = {}
+    for name in NAMES:
+        tokenizer = mmtok.load(name)
+        by_source = texts_report(tokenizer, [(x.source, text) for x, text in zip(test, texts, strict=True)])
+        by_language = texts_report(tokenizer, [(language_of({}, test[i].segment), texts[i]) for i in told])
+        out[name] = {
+            "fingerprint": tokenizer.fingerprint,
+            "vocabulary": by_source["vocabulary"],
+            "unused_ids": by_source["unused_ids"],
+            "documents": by_source["documents"],
+            "identical": by_source["identical"],
+            "sources": by_source["languages"],
+            "mean_of_languages": by_language["mean_of_languages"],
+            "languages": by_language["languages"],
         }
     return out
 
@@ -40,8 +48,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data"))
     args = parser.parse_args()
     figures = text_figures(args.data)
-    RESULTS.write_text(json.dumps(figures, indent=2) + "\n")
-    print(json.dumps(figures, indent=2))
+    RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
+    for name, found in figures.items():
+        print(f"{name}: {found['vocabulary']} ids, {found['identical']} of {found['documents']} texts identical")
+        for group in ("sources", "languages"):
+            for key, f in found[group].items():
+                print(
+                    f"  {key:24}{f['documents']:6}{f['bytes']:10}{f['bytes_per_token']:8.3f}{f['tokens_per_word']:8.3f}"
+                )
 
 
 if __name__ == "__main__":

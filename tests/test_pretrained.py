@@ -14,9 +14,10 @@ from mmtok.checkpoints import bundled_directory
 from mmtok.evaluation.metrics import psnr, stoi
 from mmtok.multimodal import MultimodalTokenizer
 
-NAMES = ("text-4k", "image-64-f8", "image-f4", "audio-16k", "any-to-any")
+NAMES = ("text-4k", "text-16k", "image-64-f8", "image-f4", "audio-16k", "any-to-any")
 FINGERPRINTS = {
     "text-4k": "089043c5db97712fdfc1f566d8d561d4432e998b9cb3f50657c8085e6405d8fb",
+    "text-16k": "af7cb69090ccae52427cc2557aafbb8a8c3473992f5bccbf4f1dc408c50e6909",
     "image-64-f8": "8cf5c8aebce7933d7ff5e488a58c66c145822bdf80a3320f5d7ca63ac2f4dd95",
     "image-f4": "2529c07e3a7f381dd3211e6e599085dde58f0e93a508c088eeabaf2d9fad3d8a",
     "audio-16k": "1e522146e2136e34d43c107dc160b31f6cb7d2757c70522572185fe9ea17cf39",
@@ -48,6 +49,22 @@ def test_golden_text_ids() -> None:
     assert ids[1].tolist() == [
         2077, 372, 64, 732, 220, 1031, 293, 2662, 638, 360, 275, 220, 172, 253, 238, 226, 478, 452, 686, 29
     ]  # fmt: skip
+
+
+def test_golden_ids_of_text_16k() -> None:
+    tokenizer = mmtok.load("text-16k")
+    texts = ["a cow", "Une vache à l’école 🐄 <image>", "नमस्ते दुनिया, Привет мир, 你好世界"]
+    ids = tokenizer.encode(texts)
+    assert [x.tolist() for x in ids] == [
+        [64, 305, 552],
+        [52, 598, 317, 4823, 1168, 297, 1232, 2874, 6084, 220, 172, 253, 238, 226, 501, 13025, 29],
+        [
+            655, 915, 723, 1332, 509, 2244, 3377, 3315, 14485, 10091, 1463, 772, 666, 910, 11, 220, 4730, 13349, 450,
+            244, 2908, 234,
+        ],
+    ]  # fmt: skip
+    assert tokenizer.decode(ids) == texts
+    assert tokenizer.codebook_sizes == (16_000,)
 
 
 # Another processor may add in another order: a code or two may fall to its neighbour, not more.
