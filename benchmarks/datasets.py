@@ -34,7 +34,7 @@ from dataset_proofs import write_manifest
 
 from mmtok import media
 from mmtok.datasets.build import Progress, build
-from mmtok.datasets.build.encode import EncodeConfig
+from mmtok.datasets.build.config import EncodeConfig
 from mmtok.multimodal import MultimodalTokenizer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "datasets.json"

@@ -23,7 +23,7 @@ from torch import Tensor
 from mmtok.blocks import TokenizerSpec, brackets
 from mmtok.checkpoints import atomic_directory
 from mmtok.comparison import counterpart
-from mmtok.datasets.shardfile import Record, find_spans
+from mmtok.datasets.records import Record, find_spans
 from mmtok.datasets.shards import SHARD_TOKENS, TokenDataset, check_target, write_dataset
 from mmtok.errors import CheckpointError, SequenceError, VocabularyError
 from mmtok.grammar import Grammar

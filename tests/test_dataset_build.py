@@ -22,11 +22,11 @@ from commands import contents, refused, run
 from corpora import document_of, write_corpus
 
 from mmtok.datasets import build as building
-from mmtok.datasets.build import BuildReport, Progress, build, units
+from mmtok.datasets.build import BuildReport, Progress, build, reading, units
 from mmtok.datasets.build import encode as encoding
-from mmtok.datasets.build.encode import EncodeConfig
+from mmtok.datasets.build.config import EncodeConfig
 from mmtok.datasets.plan import plan
-from mmtok.datasets.shardfile import find_spans
+from mmtok.datasets.records import find_spans
 from mmtok.datasets.shards import TokenDataset
 from mmtok.datasets.sources import open_source
 from mmtok.errors import ConfigError, DataError, VocabularyMismatchError
@@ -139,7 +139,7 @@ def test_a_long_sound_is_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     line = {"id": "x", "segments": [{"type": "audio", "path": "x.flac"}, {"type": "text", "text": "é"}]}
     (tmp_path / "m.jsonl").write_text(json.dumps(line))
     make(tmp_path / "m.jsonl", tmp_path / "whole")
-    monkeypatch.setattr(encoding, "STREAM_SECONDS", 1.0)
+    monkeypatch.setattr(reading, "STREAM_SECONDS", 1.0)
     monkeypatch.setattr(encoding.Encoder, "_encode_some", unused := Counted(encoding.Encoder._encode_some))
     monkeypatch.setattr(encoding.Encoder, "_encode_stream", streamed := Counted(encoding.Encoder._encode_stream))
     make(tmp_path / "m.jsonl", tmp_path / "stream")
@@ -303,7 +303,8 @@ def test_a_changed_file_is_encoded_again(tmp_path: Path) -> None:
     make(manifest, tmp_path / "d")
     picture = next(iter(sorted((tmp_path / "corpus").glob("*.png"))))
     shutil.copy(sorted((tmp_path / "corpus").glob("*.png"))[1], picture)
-    make(manifest, tmp_path / "d")
+    sorted((tmp_path / "corpus").glob("*.png"))[-1].unlink()
+    assert make(manifest, tmp_path / "d").left_out == 1
     make(manifest, tmp_path / "fresh")
     assert contents(tmp_path / "d") == contents(tmp_path / "fresh")
 

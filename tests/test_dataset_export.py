@@ -28,7 +28,7 @@ from mmtok.datasets.chunks import chunks, meta_lines
 from mmtok.datasets.export import flat, megatron
 from mmtok.datasets.export import parquet as to_parquet
 from mmtok.datasets.export import webdataset as to_webdataset
-from mmtok.datasets.shardfile import SPAN_COLUMNS
+from mmtok.datasets.records import SPAN_COLUMNS
 from mmtok.datasets.shards import TokenDataset, write_dataset
 from mmtok.errors import ConfigError, DataError
 from mmtok.registry import TokenizerSpec, VocabularyRegistry

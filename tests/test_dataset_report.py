@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 
 from mmtok import media
+from mmtok.datasets.records import Record
 from mmtok.datasets.report import charts, write_report
 from mmtok.datasets.report.markup import escaped, tag
 from mmtok.datasets.report.samples import choose
 from mmtok.datasets.report.statistics import CONTEXTS, STEPS, Sizes, gather, usage
-from mmtok.datasets.shardfile import Record
 from mmtok.datasets.shards import TokenDataset, write_dataset
 from mmtok.evaluation.plots import spectrogram
 from mmtok.multimodal import MultimodalTokenizer

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtok.datasets import shards
-from mmtok.datasets.shardfile import Record
+from mmtok.datasets.records import Record
 from mmtok.datasets.shards import write_dataset
 from mmtok.datasets.verify import Fault, faults, size_of
 from mmtok.errors import DataError

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmtok import migration
-from mmtok.datasets.shardfile import Record, find_spans
+from mmtok.datasets.records import Record, find_spans
 from mmtok.datasets.shards import TokenDataset, write_dataset
 from mmtok.errors import CheckpointError, DataError, VocabularyError
 from mmtok.grammar import Grammar

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from mmtok.datasets.shardfile import Record
+from mmtok.datasets.records import Record
 from mmtok.datasets.shards import TokenDataset, _render, token_dtype, write_dataset
 from mmtok.errors import DataError, VocabularyError, VocabularyMismatchError
 from mmtok.registry import TokenizerSpec, VocabularyRegistry

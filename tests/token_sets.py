@@ -12,7 +12,7 @@ from drawings import drawing
 
 from mmtok import media
 from mmtok.audio import SpectralCodec, SpectralCodecConfig
-from mmtok.datasets.shardfile import Record
+from mmtok.datasets.records import Record
 from mmtok.datasets.shards import write_dataset
 from mmtok.documents import Audio, Document, Image, Text, Turn, load_segment
 from mmtok.image import ImageVQVAE, ImageVQVAEConfig

@@ -19,7 +19,7 @@ from mmtok.cli.encode import named
 from mmtok.cli.tables import print_table
 from mmtok.datasets.build import BuildReport, Progress
 from mmtok.datasets.build import build as build_dataset
-from mmtok.datasets.build.encode import EncodeConfig
+from mmtok.datasets.build.config import EncodeConfig
 from mmtok.datasets.plan import Plan
 from mmtok.datasets.plan import plan as plan_dataset
 from mmtok.datasets.shards import SHARD_TOKENS

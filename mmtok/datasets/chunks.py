@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mmtok.datasets.shardfile import Part, Shard
+from mmtok.datasets.records import Part
+from mmtok.datasets.shardfile import Shard
 
 CHUNK_TOKENS = 2**20
 CHUNK_DOCUMENTS = 2**13

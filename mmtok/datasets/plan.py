@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from mmtok import layouts, media
-from mmtok.datasets.build.encode import READERS, EncodeConfig, check_grid, chosen
+from mmtok.datasets.build.config import EncodeConfig, check_grid, chosen
+from mmtok.datasets.build.encode import READERS
 from mmtok.datasets.shards import token_dtype
 from mmtok.datasets.sources.content import local_copy
 from mmtok.datasets.sources.probe import image_size, sound_samples

@@ -29,7 +29,8 @@ import numpy as np
 
 from mmtok.arrays import integers
 from mmtok.checkpoints import atomic_directory, atomic_write, sha256_file
-from mmtok.datasets.shardfile import Record, Shard, batches, part_of, write_shard
+from mmtok.datasets.records import Record, batches, part_of
+from mmtok.datasets.shardfile import Shard, write_shard
 from mmtok.errors import DataError, VocabularyError
 from mmtok.registry import VOCAB_FILE, VocabularyRegistry
 

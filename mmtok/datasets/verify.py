@@ -21,7 +21,8 @@ import numpy as np
 
 from mmtok.checkpoints import sha256_file
 from mmtok.datasets.chunks import chunks, meta_lines
-from mmtok.datasets.shardfile import SPAN_COLUMNS, Shard
+from mmtok.datasets.records import SPAN_COLUMNS
+from mmtok.datasets.shardfile import Shard
 from mmtok.datasets.shards import DATASET_FILE, read_index, token_dtype
 from mmtok.errors import CheckpointError, DataError, MmtokError, SequenceError, VocabularyError
 from mmtok.grammar import Grammar, Span

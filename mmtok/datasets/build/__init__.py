@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from mmtok.datasets.build import engines
-from mmtok.datasets.build.encode import EncodeConfig, chosen
+from mmtok.datasets.build.config import chosen, EncodeConfig
 from mmtok.datasets.shardfile import write_shard
 from mmtok.datasets.shards import (
     DATASET_FILE,

@@ -1,85 +1,39 @@
 """Documents of a manifest -> records of ids: media are read ahead in threads, tokenizers get batches across documents.
 
-``EncodeConfig`` -- how pictures are sized and which tokenizers are used: a part of each document's key
-``Encoder``      -- normalised documents -> ``Record`` or ``LeftOut``, in order
-
 A document is encoded whole or left out with its reason. What comes out depends on the document alone, not on those
-beside it. Memory depends on neither their number nor the length of sounds, which are streamed from ``STREAM_SECONDS``
-on.
+beside it. Memory depends on neither their number nor the length of sounds, of which the long ones are streamed.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
-from mmtok import media
-from mmtok.config import Config
-from mmtok.datasets.sources.content import Content, local_copy
-from mmtok.datasets.sources.probe import sound_samples
-from mmtok.datasets.shardfile import Record
-from mmtok.documents import Audio, Image, Text, check_text
-from mmtok.errors import ConfigError, MediaError
+from mmtok.datasets.build.config import EncodeConfig, chosen
+from mmtok.datasets.build.drafts import Draft, LeftOut
+from mmtok.datasets.build.reading import Loaded, Reader, is_media
+from mmtok.datasets.records import Record
+from mmtok.datasets.sources.content import local_copy
+from mmtok.documents import Audio, Image, Text
+from mmtok.errors import MediaError
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.registry import MODALITIES
 
-STREAM_SECONDS = 30.0  # longer sounds go through the codec as a stream, where it has one
 AHEAD = 64  # segments that are read, or waiting to be encoded, at once
 PIXELS = 2**20  # of pictures that are encoded together
 CHARACTERS = 2**21  # of texts that are encoded together
 READERS = 2
 
-
-@dataclasses.dataclass(frozen=True)
-class EncodeConfig(Config):
-    """How documents become ids.
-
-    Attributes:
-        image_size: pictures are fitted into a white square of so many pixels a side; 0 keeps their own sizes.
-        max_side: pictures with a longer side are scaled down to it; 0 for none. Not together with ``image_size``.
-        text, image, audio: names of the tokenizers to use, where the vocabulary has several; empty for the default.
-    """
-
-    image_size: int = 0
-    max_side: int = 0
-    text: str = ""
-    image: str = ""
-    audio: str = ""
-
-    def __post_init__(self) -> None:
-        if self.image_size < 0 or self.max_side < 0 or (self.image_size and self.max_side):
-            raise ConfigError(
-                f"got image_size {self.image_size} and max_side {self.max_side}, expected pixels, and one of them 0"
-            )
-
-    def fitted(self, size: tuple[int, int]) -> tuple[int, int]:
-        """(H, W) of a picture after ``max_side``."""
-        longest = max(size)
-        if not self.max_side or longest <= self.max_side:
-            return size
-        height, width = (max(1, round(x * self.max_side / longest)) for x in size)
-        return height, width
-
-
-@dataclasses.dataclass(frozen=True)
-class LeftOut:
-    """A document that was not encoded: its id, the segment at fault (None for the whole), and the reason."""
-
-    id: str
-    segment: int | None
-    reason: str
-
-
 Known = Callable[[bytes], "tuple[np.ndarray, np.ndarray] | None"]
+_Waiting = deque[tuple[Draft, int, "Future[Loaded] | Loaded"]]
 
 
 class Encoder:
@@ -103,22 +57,22 @@ class Encoder:
         self._root = root.rstrip("/") + "/" if root else ""
         self.names = chosen(tokenizer.registry, config)
         self._order = {x.name: i for i, x in enumerate(tokenizer.registry.tokenizers)}
-        self._grid = next((b.size for b in tokenizer.registry.blocks if b.modality == "grid"), 0)
         about = {"vocabulary": tokenizer.registry.fingerprint, "config": config.to_dict()}
         self._salt = json.dumps(about, sort_keys=True).encode()
 
     def encode(self, documents: Iterable[dict[str, Any]]) -> Iterator[Record | LeftOut]:
         """Each document as its record, or why it has none, in order."""
-        open_documents: deque[_Draft] = deque()
-        waiting: deque[tuple[_Draft, int, Future[_Loaded] | _Loaded]] = deque()
+        open_documents: deque[Draft] = deque()
+        waiting: _Waiting = deque()
         with ThreadPoolExecutor(READERS) as pool:
+            reader = Reader(self.mm, self.config, self.names, pool)
             try:
                 for document in documents:
                     draft = self._draft(document)
                     open_documents.append(draft)
                     if draft.left_out is None and not draft.done:
                         for i, segment in enumerate(draft.segments):
-                            waiting.append((draft, i, self._read_ahead(pool, draft, i, segment)))
+                            waiting.append((draft, i, reader.ahead(draft, segment)))
                             if len(waiting) >= AHEAD:
                                 self._encode_some(waiting, AHEAD // 2)
                     yield from self._complete(open_documents)
@@ -141,7 +95,7 @@ class Encoder:
         """
         digests = []
         for segment in document["segments"]:
-            if _is_media(segment):
+            if is_media(segment):
                 with local_copy(segment) as content:
                     digests.append(content.sha256)
             else:
@@ -157,11 +111,9 @@ class Encoder:
             h.update(json.dumps([said, digest, text]).encode())
         return h.digest()[:16]
 
-    # --- reading
-
-    def _draft(self, document: dict[str, Any]) -> _Draft:
+    def _draft(self, document: dict[str, Any]) -> Draft:
         name = str(document.get("id", ""))
-        draft = _Draft(name, document)
+        draft = Draft(name, document)
         if "error" in document:
             draft.left_out = LeftOut(name, None, self._relative(str(document["error"])))
         elif not document.get("segments"):
@@ -170,70 +122,18 @@ class Encoder:
             reason = f"the vocabulary has no tokenizer for {document['segments'][missing[0]]['type']}"
             draft.left_out = LeftOut(name, missing[0], reason)
         elif self.known is not None:
-            try:
+            with contextlib.suppress(MediaError):  # which comes again, with its segment, when that is read
                 key = self.key(document)
-            except MediaError as error:
-                draft.left_out = LeftOut(name, None, self._relative(str(error)))
-                return draft
-            found = self.known(key)
-            if found is not None:
-                draft.done = Record(found[0], found[1], self._meta(document), key)
+                found = self.known(key)
+                if found is not None:
+                    draft.done = Record(found[0], found[1], self._meta(document), key)
         return draft
-
-    def _read_ahead(
-        self, pool: ThreadPoolExecutor, draft: _Draft, index: int, segment: dict[str, Any]
-    ) -> Future[_Loaded] | _Loaded:
-        """A segment that is being read; turns and texts are there at once."""
-        if _is_media(segment):
-            return pool.submit(self._read, draft, segment)
-        if segment["type"] == "turn":
-            return _Loaded(turn=segment["role"])
-        try:
-            check_text(segment["text"])
-        except MediaError as error:
-            return _Loaded(error=str(error))
-        return _Loaded(segment=Text(segment["text"]))
-
-    def _read(self, draft: _Draft, segment: dict[str, Any]) -> _Loaded:
-        """Read a picture or a sound. Runs in a thread."""
-        if draft.left_out is not None:
-            return _Loaded(error="the document is left out")
-        try:
-            with contextlib.ExitStack() as stack:
-                content = stack.enter_context(local_copy(segment))
-                digest = content.sha256
-                if segment["type"] == "image":
-                    return _Loaded(segment=self._picture(content), digest=digest)
-                sound = self._sound(content, segment)
-                if isinstance(sound, Audio):
-                    return _Loaded(segment=sound, digest=digest)
-                return _Loaded(blocks=sound, digest=digest, stack=stack.pop_all())
-        except MediaError as error:
-            return _Loaded(error=str(error))
-
-    def _picture(self, content: Content) -> Image:
-        pixels = media.read_image(content.path)
-        if self.config.image_size:
-            return Image(media.fit_image(pixels, self.config.image_size))
-        size = (pixels.shape[1], pixels.shape[2])
-        fitted = self.config.fitted(size)
-        check_grid(self.mm.tokenizers[self.names["image"]].properties, self._grid, content.label, *fitted)
-        return Image(pixels if fitted == size else media.resize_image(pixels, *fitted))
-
-    def _sound(self, content: Content, segment: dict[str, Any]) -> Audio | Iterator[np.ndarray]:
-        """A sound, or of a long one its blocks, float32 [1, n] at the codec's rate."""
-        model = self.mm.tokenizers[self.names["audio"]]
-        rate = int(model.properties["sample_rate"])
-        start, end = segment.get("start"), segment.get("end")
-        if sound_samples(content.path, rate, start, end) > STREAM_SECONDS * rate and _can_stream(model):
-            return media.audio_blocks(content.path, rate, start, end)
-        return Audio(media.read_audio(content.path, rate, start, end), rate)
 
     # --- encoding
 
-    def _encode_some(self, waiting: deque[tuple[_Draft, int, Future[_Loaded] | _Loaded]], count: int) -> None:
+    def _encode_some(self, waiting: _Waiting, count: int) -> None:
         """Encode some of the segments that were read first, as many as fit into a batch of each modality."""
-        batches: dict[str, list[tuple[_Draft, int, _Loaded]]] = {m: [] for m in MODALITIES}
+        batches: dict[str, list[tuple[Draft, int, Loaded]]] = {m: [] for m in MODALITIES}
         pixels = characters = 0
         while waiting and count and pixels < PIXELS and characters < CHARACTERS:
             draft, index, item = waiting.popleft()
@@ -262,7 +162,7 @@ class Encoder:
                     ids = self.mm.grammar.segment_ids(name, code)
                     draft.add(index, modality, ids, self._order[name], _sizes(loaded.segment), loaded.digest)
 
-    def _encode_stream(self, draft: _Draft, index: int, loaded: _Loaded) -> None:
+    def _encode_stream(self, draft: Draft, index: int, loaded: Loaded) -> None:
         """Encode a long sound block by block."""
         name = self.names["audio"]
         model, levels = self.mm.tokenizers[name], len(self.mm.registry.tokenizer(name).codebook_sizes)
@@ -280,7 +180,7 @@ class Encoder:
         sizes = (samples, int(model.properties["sample_rate"]))
         draft.add(index, "audio", ids, self._order[name], sizes, loaded.digest)
 
-    def _complete(self, drafts: deque[_Draft]) -> Iterator[Record | LeftOut]:
+    def _complete(self, drafts: deque[Draft]) -> Iterator[Record | LeftOut]:
         """Take from the left what is done."""
         while drafts:
             draft = drafts[0]
@@ -308,96 +208,6 @@ class Encoder:
         return text.replace(self._root, "") if self._root else text
 
 
-def chosen(registry: Any, config: EncodeConfig) -> dict[str, str]:
-    """modality -> name of the tokenizer that encodes it, for those that the vocabulary has.
-
-    Raises:
-        ConfigError: no such tokenizer, or an image size that is no multiple of its downsample factor.
-    """
-    names = {}
-    for modality in MODALITIES:
-        wanted = getattr(config, modality)
-        have = [x for x in registry.tokenizers if x.modality == modality and wanted in ("", x.name)]
-        if wanted and not have:
-            own = ", ".join(x.name for x in registry.tokenizers if x.modality == modality) or "none"
-            raise ConfigError(f"the vocabulary has no {modality} tokenizer {wanted!r}, it has {own}")
-        if have:
-            names[modality] = registry.tokenizer(wanted or modality).name
-    if config.image_size and "image" in names:
-        factor = int(registry.tokenizer(names["image"]).properties["downsample"])
-        if config.image_size % factor:
-            raise ConfigError(f"got an image size of {config.image_size} pixels, expected a multiple of {factor}")
-    return names
-
-
-def check_grid(properties: Any, grid: int, label: str, height: int, width: int) -> None:
-    """Raise MediaError if a picture has more codes on a side than the vocabulary has sizes for."""
-    most = int(properties["downsample"]) * grid
-    if max(height, width) > most:
-        raise MediaError(
-            f"{label}: {width}x{height} pixels, the vocabulary has sizes up to {most}x{most}; give --max-side {most} "
-            "or --image-size, or a vocabulary with a larger max_grid"
-        )
-
-
-@dataclasses.dataclass
-class _Loaded:
-    """A segment that was read, or why it was not."""
-
-    segment: Text | Image | Audio | None = None
-    turn: str = ""
-    error: str = ""
-    digest: str = ""
-    blocks: Iterator[np.ndarray] | None = None
-    stack: contextlib.ExitStack | None = None
-
-    def close(self) -> None:
-        """Remove the temporary file behind the blocks, if there is one."""
-        if self.stack is not None:
-            self.stack.close()
-
-
-class _Piece(NamedTuple):
-    """The ids of one segment."""
-
-    kind: str
-    ids: np.ndarray
-    tokenizer: int
-    sizes: tuple[int, int]
-    digest: str
-
-
-class _Draft:
-    """A document while its segments are encoded."""
-
-    def __init__(self, name: str, document: dict[str, Any]) -> None:
-        self.id, self.document = name, document
-        self.segments: list[dict[str, Any]] = document.get("segments") or []
-        self.pieces: dict[int, _Piece] = {}
-        self.left_out: LeftOut | None = None
-        self.done: Record | None = None
-
-    def add(self, index: int, kind: str, ids: np.ndarray, tokenizer: int, sizes: tuple[int, int], digest: str) -> None:
-        self.pieces[index] = _Piece(kind, ids, tokenizer, sizes, digest)
-
-    def record(self, registry: Any, meta: dict[str, Any], key: bytes) -> Record:
-        """``<bos>``, the segments, ``<eos>``; texts that follow each other are one span, as the grammar has them."""
-        parts, rows, at = [np.array([registry.bos])], list[list[int]](), 1
-        joins = False
-        for i in range(len(self.segments)):
-            kind, ids, tokenizer, sizes, _ = self.pieces[i]
-            if not len(ids):
-                continue
-            if kind == "text" and joins and rows[-1][2] == tokenizer:
-                rows[-1][1] += len(ids)
-                rows[-1][4] += sizes[0]
-            elif kind != "turn":
-                rows.append([at, at + len(ids), tokenizer, i, *sizes])
-            joins = kind == "text"
-            parts.append(ids)
-            at += len(ids)
-        ids = np.concatenate([*parts, np.array([registry.eos])])
-        return Record(ids, np.array(rows, np.int32).reshape(-1, 6), meta, key)
 
 
 def _sizes(segment: Text | Image | Audio | None) -> tuple[int, int]:
@@ -411,14 +221,3 @@ def _sizes(segment: Text | Image | Audio | None) -> tuple[int, int]:
     return 0, 0
 
 
-def _is_media(segment: dict[str, Any]) -> bool:
-    """Whether a segment's content lies in a file."""
-    return segment["type"] in ("image", "audio")
-
-
-def _can_stream(model: Any) -> bool:
-    try:
-        model.stream_encoder()
-    except ConfigError:
-        return False
-    return True

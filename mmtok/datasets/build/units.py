@@ -24,8 +24,10 @@ import numpy as np
 import torch
 
 from mmtok.checkpoints import atomic_write
-from mmtok.datasets.build.encode import EncodeConfig, Encoder
-from mmtok.datasets.shardfile import Part, Record, Shard, batches, part_of, write_shard
+from mmtok.datasets.build.config import EncodeConfig
+from mmtok.datasets.build.encode import Encoder
+from mmtok.datasets.records import batches, Part, part_of, Record
+from mmtok.datasets.shardfile import Shard, write_shard
 from mmtok.datasets.shards import TokenDataset, token_dtype
 from mmtok.errors import DataError
 from mmtok.multimodal import MultimodalTokenizer

@@ -15,7 +15,7 @@ import numpy as np
 
 from mmtok.datasets.chunks import chunks, meta_lines
 from mmtok.datasets.export.directory import Advance, export_directory, silent, sizes_of, synced
-from mmtok.datasets.shardfile import SPAN_COLUMNS, Part
+from mmtok.datasets.records import SPAN_COLUMNS, Part
 from mmtok.datasets.shards import TokenDataset
 from mmtok.errors import ConfigError
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mmtok.datasets.chunks import chunks
-from mmtok.datasets.shardfile import Part
+from mmtok.datasets.records import Part
 from mmtok.datasets.shards import TokenDataset, kind_of
 from mmtok.registry import MODALITIES, Block, VocabularyRegistry
 
