@@ -1,7 +1,7 @@
 """The fastest installed engine whose ids are those of Hugging Face ``tokenizers``.
 
 ``Encoder`` -- one model's engine, found and proven on construction; ``tokenizers`` itself takes over where it fails
-``ENGINES`` -- the candidates, fastest first: fastokens, gigatoken, tiktoken; each is optional
+``ENGINES`` -- the candidates, in the order in which they are tried: fastokens, gigatoken, tiktoken; each is optional
 
 An engine is used only if it gives the very ids of ``tokenizers`` on all of :func:`mmtok.text.probes.texts_for`, cold
 and warm, in a batch and alone. Whatever else it does (it is not installed, does not know this sort of model, raises,
@@ -139,6 +139,7 @@ class Tokenizers:
         return _flat([self._tokenizer.encode(text, add_special_tokens=False).ids for text in texts])
 
 
+# The first two are equally fast on text read once (benchmarks/text_speed.py); fastokens needs bounded memory.
 ENGINES: tuple[type[Engine], ...] = (Fastokens, Gigatoken, Tiktoken)
 
 
