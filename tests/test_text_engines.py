@@ -306,3 +306,18 @@ def test_the_probes_are_always_the_same_and_hold_what_breaks_engines() -> None:
     ):
         assert part in together
     assert not any(0xD800 <= ord(c) < 0xE000 for c in together)
+
+
+def test_splits_by_folded_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """'s with a long s is a word of its own; merges across its border show an engine that does not split there."""
+    model = ByteLevelBPE.train(["\u017fa"] * 99 + ["\u017fb"] * 88 + ["\u017fx"] * 77, 300)
+    reference = Tokenizer.from_str(model.tokenizer_json)
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(["'", "\u017f", "a", "b", "x", " ", "s", "'s"], 12)) for _ in range(400)]
+    expected = [reference.encode(text).ids for text in texts]
+    for engine in engines.ENGINES:
+        monkeypatch.setattr(engines, "ENGINES", (engine,))
+        fast = ByteLevelBPE(model.tokenizer_json)
+        assert [ids.tolist() for ids in fast.encode(texts)] == expected
+        assert [fast.encode([text])[0].tolist() for text in texts[:50]] == expected[:50]
+    assert len({len(ids) for ids in expected}) > 3
