@@ -6,19 +6,23 @@ than there are workers. A worker that dies is replaced, and its unit done again,
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
 
 from mmtok.datasets.build.units import TRIES, Job, Unit, Worker
+from mmtok.datasets.sources.content import discard_copies
 from mmtok.errors import ConfigError, DataError, MmtokError
 from mmtok.multimodal import MultimodalTokenizer
 
@@ -60,7 +64,9 @@ def processes(job: Job, units: Sequence[Unit], workers: int) -> Results:
     os.environ.update(quiet)
     try:
         while left:
-            pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start, (job,))
+            context = multiprocessing.get_context("spawn")
+            line, end = context.Pipe(duplex=False)
+            pool = ProcessPoolExecutor(workers, context, _start, (job, line))
             try:
                 for result in _handed_out(pool, list(left.values()), 2 * workers):
                     del left[result["unit"]]
@@ -74,7 +80,9 @@ def processes(job: Job, units: Sequence[Unit], workers: int) -> Results:
                         "Give fewer --workers and run the same command again"
                     ) from error
             finally:
+                end.close()  # workers that are still there, since this build was stopped, end at once
                 pool.shutdown(wait=True, cancel_futures=True)
+                line.close()
     finally:
         for key, value in before.items():
             if value is None:
@@ -88,7 +96,8 @@ def _handed_out(pool: ProcessPoolExecutor, units: Sequence[Unit], most: int) -> 
     running: set[Future[dict[str, Any]]] = set()
     waiting = iter(units)
     while True:
-        running |= {pool.submit(_work, unit) for unit in islice(waiting, most - len(running))}
+        with _quiet_children():
+            running |= {pool.submit(_work, unit) for unit in islice(waiting, most - len(running))}
         if not running:
             return
         done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -96,21 +105,31 @@ def _handed_out(pool: ProcessPoolExecutor, units: Sequence[Unit], most: int) -> 
             yield future.result()
 
 
+@contextlib.contextmanager
+def _quiet_children() -> Iterator[None]:
+    """Processes that are started here get no Ctrl-C of their own: they end when this one lets go of them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _worker: Worker | None = None
 
 
-def _start(job: Job) -> None:
-    """In a new process: load the tokenizers, and end when the process that asked for them does."""
+def _start(job: Job, line: Connection) -> None:
+    """In a new process: load the tokenizers, and end when the build does that asked for them."""
     global _worker
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with, args=(line,), daemon=True).start()
     _worker = Worker(job)
 
 
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _end_with(line: Connection) -> None:
+    """End this process when the other end of the line is closed, be it because the process there died."""
+    line.poll(None)
+    discard_copies()
+    os._exit(1)
 
 
 def _work(unit: Unit) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from mmtok.errors import DataError, MediaError, MmtokError
 from mmtok.media import MAX_IMAGE_BYTES
 from mmtok.sniffing import SUFFIXES, check_file, one_line, os_call
 
+_LIVE: set[str] = set()  # temporary files of this process
 _KNOWN = set().union(*SUFFIXES.values())
 
 
@@ -67,22 +68,20 @@ def local_copy(segment: Mapping[str, Any]) -> Iterator[Content]:
             ``MAX_IMAGE_BYTES``; one line that starts with the label.
         DataError: it is not the content's fault: no room for temporary files, or a package is missing.
     """
-    if "path" in segment and "offset" not in segment and not files.is_url(segment["path"]):
+    if "path" in segment and not _is_part(segment) and not files.is_url(segment["path"]):
         yield Content(segment["path"], segment["path"])
         return
     label = label_of(segment)
-    if "table" in segment:
+    if "path" not in segment:
         cell = tables.read_cell(segment["table"], segment["row"], segment["column"], label)
         if isinstance(cell, str):  # the table holds the name of a file
             with local_copy({"type": segment["type"], "path": cell}) as content:
                 yield content
             return
-        name = segment.get("name") or ""
     else:
         cell = None
-        name = segment["name"] if "offset" in segment else files.base(segment["path"])
     limit = MAX_IMAGE_BYTES if segment["type"] == "image" else None
-    with _temporary(name) as (target, path):
+    with _temporary(suffix_of(segment)) as (target, path):
         if cell is not None:
             digest = _copy_cell(cell, target, label, limit)
         else:
@@ -97,26 +96,49 @@ def local_copy(segment: Mapping[str, Any]) -> Iterator[Content]:
 
 def label_of(segment: Mapping[str, Any]) -> str:
     """What messages call the content of a segment: its path, the shard and the name in it, or the table and the row."""
-    if "table" in segment:
+    if "path" not in segment:
         return f"{segment['table']} row {segment['row']} column {segment['column']!r}"
-    if "offset" in segment:
+    if _is_part(segment):
         return files.printable(f"{segment['path']}/{segment['name']}")
     return files.printable(segment["path"])
 
 
-@contextlib.contextmanager
-def _temporary(name: str) -> Iterator[tuple[BinaryIO, str]]:
-    """A temporary file, opened and its path, with the suffix of a name if it is one that says what a file holds."""
+def suffix_of(segment: Mapping[str, Any]) -> str:
+    """The suffix of a segment's file, if it is one that says what a file holds: ".png", or ""."""
+    if "path" not in segment:
+        name = segment.get("name") or ""
+    else:
+        name = segment["name"] if _is_part(segment) else files.base(segment["path"])
     suffix = PurePosixPath(name).suffix.lower()
+    return suffix if suffix in _KNOWN else ""
+
+
+def _is_part(segment: Mapping[str, Any]) -> bool:
+    """Whether it is a part of a file; an offset alone is the manifest's own affair."""
+    return "offset" in segment and "size" in segment
+
+
+@contextlib.contextmanager
+def _temporary(suffix: str) -> Iterator[tuple[BinaryIO, str]]:
+    """A temporary file, opened, and its path."""
     try:
-        number, path = tempfile.mkstemp(prefix="mmtok-", suffix=suffix if suffix in _KNOWN else "")
+        number, path = tempfile.mkstemp(prefix="mmtok-", suffix=suffix)
     except OSError as error:
         raise DataError(f"{tempfile.gettempdir()}: cannot write a temporary file ({files.reason(error)})") from error
+    _LIVE.add(path)
     try:
         with open(number, "w+b", buffering=0) as file:
             yield file, path
     finally:
         with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        _LIVE.discard(path)
+
+
+def discard_copies() -> None:
+    """Remove the temporary files of a process that is about to end at once."""
+    for path in tuple(_LIVE):
+        with contextlib.suppress(OSError):
             os.unlink(path)
 
 
@@ -143,7 +165,7 @@ def _copy_cell(cell: bytes, target: BinaryIO, label: str, limit: int | None) -> 
 
 def _copy_file(segment: Mapping[str, Any], target: BinaryIO, label: str, limit: int | None) -> str:
     """Copy a file or a part of it in blocks; gives the sha256."""
-    size = segment.get("size") if "offset" in segment else None
+    size = segment["size"] if _is_part(segment) else None
     if size is not None:
         _check_size(label, size, limit)
 
