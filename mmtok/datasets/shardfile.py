@@ -16,10 +16,12 @@ compared with its sum when it is first touched, and the sums with that in datase
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import mmap
 import os
+import resource
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -135,17 +137,14 @@ class Shard:
         self.file, self.documents, self.tokens = file, int(entry["documents"]), int(entry["tokens"])
         self._check_blocks = check
         try:
-            with file.open("rb") as handle:
-                size = os.fstat(handle.fileno()).st_size
-                if size != entry["bytes"]:
-                    raise DataError(
-                        f"{file} has {size} bytes, expected {entry['bytes']}; it was cut or belongs to another "
-                        "dataset: fetch or build the dataset again"
-                    )
-                self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-                self._bytes = np.frombuffer(self._map, np.uint8)
+            self._map = _mapped(file, entry["bytes"])
         except OSError as error:
-            raise DataError(f"{file}: {error.strerror}; fetch or build the dataset again") from error
+            if error.errno == errno.EMFILE:
+                advice = "each shard is an open file: allow more with ulimit -n, or build with a larger --shard-tokens"
+            else:
+                advice = "fetch or build the dataset again"
+            raise DataError(f"{file}: {error.strerror}; {advice}") from error
+        self._bytes = np.frombuffer(self._map, np.uint8)
         views = self._read_header(registry)
         self._at = {name: offset for name, (offset, _) in views.items()}
         wrong = [
@@ -312,6 +311,25 @@ class Shard:
             reason = " ".join(str(error).split())
             raise DataError(f"{self.file} is no token shard ({reason}); fetch or build the dataset again") from error
         return views
+
+
+def _mapped(file: Path, expected: int) -> mmap.mmap:
+    """A file of so many bytes in memory. A process that has as many files as it may is given as many as it can have."""
+    try:
+        with file.open("rb") as handle:
+            size = os.fstat(handle.fileno()).st_size
+            if size != expected:
+                raise DataError(
+                    f"{file} has {size} bytes, expected {expected}; it was cut or belongs to another dataset: fetch or "
+                    "build the dataset again"
+                )
+            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if error.errno != errno.EMFILE or soft == hard:
+            raise
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return _mapped(file, expected)
 
 
 class _Sums:

@@ -38,6 +38,7 @@ FORMAT = 2
 DATASET_FILE = "dataset.json"
 QUARANTINE = "quarantine"
 SHARD_TOKENS = 2**26  # 128 MiB of uint16
+_OWN = re.compile(rf"shard-\d{{5,}}\.[0-9a-f]{{8}}\.safetensors|{QUARANTINE}\.[0-9a-f]{{8}}\.jsonl")  # names of files
 _LEFT_OUT = {"file": str, "documents": int, "sha256": str}
 _ENTRY = {"file": str, "documents": int, "tokens": int, "bytes": int, "sha256": str, "sums": str}
 _VALUE = {"registry": str, "vocabulary": str, "dtype": str, "settings": dict, "shards": list, "quarantine": dict}
@@ -137,10 +138,9 @@ def publish(
     }
     atomic_write(folder / DATASET_FILE, _render(value))
     named = {name, *(x["file"] for x in entries)}
-    for pattern in ("shard-*.safetensors", f"{QUARANTINE}.*.jsonl"):
-        for old in folder.glob(pattern):
-            if old.name not in named:
-                old.unlink()
+    for old in folder.iterdir():
+        if _OWN.fullmatch(old.name) and old.name not in named:
+            old.unlink()
 
 
 def check_target(path: str | Path) -> None:
@@ -279,10 +279,10 @@ class TokenDataset:
         out = []
         for segment in listed if isinstance(listed, list) else []:
             whole = dict(segment) if isinstance(segment, dict) else {}
-            for key in ("path", "table"):
-                place = whole.get(key)
-                if root and isinstance(place, str) and "://" not in place:
-                    whole[key] = os.path.join(root, place)  # what is absolute stays so
+            key = "path" if "path" in whole else "table"
+            place = whole.get(key)
+            if root and isinstance(place, str) and "://" not in place and not place.startswith("hf:"):
+                whole[key] = os.path.join(root, place)  # what is absolute stays so
             out.append(whole)
         return out
 
