@@ -17,6 +17,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from collections import Counter
@@ -27,7 +28,8 @@ from typing import Any
 import torch
 
 from mmtok.datasets.build import engines
-from mmtok.datasets.build.config import chosen, EncodeConfig
+from mmtok.datasets.build.config import EncodeConfig, chosen
+from mmtok.datasets.build.units import Job, Parts, Unit, index_known, read_result, write_listing
 from mmtok.datasets.shardfile import write_shard
 from mmtok.datasets.shards import (
     DATASET_FILE,
@@ -36,16 +38,17 @@ from mmtok.datasets.shards import (
     check_target,
     kind_of,
     publish,
+    read_index,
     stem,
     token_dtype,
 )
 from mmtok.datasets.sources import open_source
-from mmtok.datasets.build.units import Job, Parts, Unit, index_known, read_result, write_listing
-from mmtok.errors import DataError
+from mmtok.datasets.sources.files import is_url
+from mmtok.errors import DataError, MmtokError, VocabularyError, VocabularyMismatchError
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.registry import VocabularyRegistry
 
-WORK = ".build"
+WORK, LOCK = ".build", "lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,19 +133,12 @@ def build(
     mm = MultimodalTokenizer.load(model)
     chosen(mm.registry, config)
     older = _older(out, mm.registry)
+    place, root = canonical(source)
     with _working(out) as folder, _threads():
-        job = Job(
-            str(model),
-            str(folder.resolve()),
-            config,
-            root_of(source),
-            mm.registry.fingerprint,
-            str(out.resolve()) if older else "",
-        )
-        salt = json.dumps([mm.registry.fingerprint, config.to_dict(), job.root], sort_keys=True)
-        units = _list(source, columns, folder, salt, progress)
-        if older is not None:
-            index_known(older, folder)
+        salt = json.dumps([mm.registry.fingerprint, config.to_dict(), root], sort_keys=True)
+        units = _list(place, columns, folder, salt, progress)
+        known = str(out.resolve()) if older is not None and index_known(older, folder) else ""
+        job = Job(str(model), str(folder.resolve()), config, root, mm.registry.fingerprint, known)
         wanted = [x for x in units if read_result(folder, x, mm.registry) is None]
         _encode(engine, job, units, wanted, workers or os.cpu_count() or 1, mm, progress)
         entries, reasons = _join(folder, out, units, mm.registry, shard_tokens, progress)
@@ -157,32 +153,49 @@ def build(
     )  # fmt: skip
 
 
-def root_of(source: str) -> str:
-    """The directory below which a local source's media are expected; empty for others."""
-    path = Path(source)
-    if path.is_dir():
-        return str(path.resolve())
-    return str(path.resolve().parent) if path.is_file() else ""
+def canonical(source: str) -> tuple[str, str]:
+    """A source and the directory below which its media are expected, the same however it was given and from wherever.
+
+    Links to directories are followed; one to a file is not, since media lie beside the link. The directory is empty for
+    URLs and ``hf:``.
+    """
+    if is_url(source) or source.startswith("hf:"):
+        return source, ""
+    if os.path.isdir(source):
+        return os.path.realpath(source), os.path.realpath(source)
+    plain = source if os.path.lexists(source) else re.split(r"[*?\[{]", source, maxsplit=1)[0]
+    root = os.path.realpath(os.path.dirname(plain))
+    return os.path.join(root, source[len(os.path.dirname(plain)) :].lstrip("/")), root
 
 
 def _older(out: Path, registry: VocabularyRegistry) -> TokenDataset | None:
-    """The dataset that is in the place of the new one."""
-    if (out / WORK).is_dir() and not (out / DATASET_FILE).is_file():
-        return None
-    check_target(out)
+    """The dataset that is in the place of the new one; None if there is none, or it is damaged, hence built anew."""
     if not (out / DATASET_FILE).is_file():
+        if not (out / WORK / LOCK).is_file():  # an unfinished build
+            check_target(out)
         return None
-    return TokenDataset.open(out, registry)
+    try:
+        return TokenDataset.open(out, registry)
+    except VocabularyMismatchError:
+        raise
+    except (DataError, VocabularyError) as error:
+        try:
+            same = read_index(out)["registry"] == registry.fingerprint
+        except DataError:
+            same = False
+        if same:
+            return None
+        raise DataError(f"{out} cannot be built over ({error}); remove it or give another name") from error
 
 
 @contextlib.contextmanager
 def _working(out: Path) -> Iterator[Path]:
     """The build's directory, for one build at a time; what a killed build left half-written in ``out`` is removed."""
     folder = out / WORK
-    made = not out.exists()
+    made = [x for x in (out, *out.parents) if not x.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / "lock").open("w")
+        lock = (folder / LOCK).open("w")
     except OSError as error:
         raise OSError(error.errno, f"the dataset cannot be written there ({error.strerror})", str(out)) from error
     with lock:
@@ -198,9 +211,12 @@ def _working(out: Path) -> Iterator[Path]:
                 file.unlink()
         try:
             yield folder
-        except DataError:
-            if made and not any(folder.glob("unit-*")):  # nothing was begun
-                shutil.rmtree(out, ignore_errors=True)
+        except MmtokError:
+            if not any(folder.glob("unit-*")):  # nothing was begun
+                shutil.rmtree(folder)
+                with contextlib.suppress(OSError):  # that are empty
+                    for x in made:
+                        x.rmdir()
             raise
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

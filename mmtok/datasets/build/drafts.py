@@ -1,4 +1,4 @@
-"""Documents while they are encoded: ``Draft``, which becomes a record when all its segments have ids, or ``LeftOut``."""
+"""Documents while they are encoded: ``Draft``, a record when all its segments have ids, or ``LeftOut``."""
 
 from __future__ import annotations
 

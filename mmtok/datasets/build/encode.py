@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,8 @@ from mmtok.datasets.build.config import EncodeConfig, chosen
 from mmtok.datasets.build.drafts import Draft, LeftOut
 from mmtok.datasets.build.reading import Loaded, Reader, is_media
 from mmtok.datasets.records import Record
-from mmtok.datasets.sources.content import local_copy
+from mmtok.datasets.sources.content import local_copy, suffix_of
+from mmtok.datasets.sources.files import is_url, printable
 from mmtok.documents import Audio, Image, Text
 from mmtok.errors import MediaError
 from mmtok.multimodal import MultimodalTokenizer
@@ -55,6 +57,9 @@ class Encoder:
     ) -> None:
         self.mm, self.config, self.known = tokenizer, config, known
         self._root = root.rstrip("/") + "/" if root else ""
+        # In messages it begins a word; "/" is no name to look for.
+        names = {re.escape(x) for x in (self._root, printable(self._root)) if x.strip("/")}
+        self._root_in_text = re.compile(rf"(?<![^\s'\"(:=])(?:{'|'.join(sorted(names))})") if names else None
         self.names = chosen(tokenizer.registry, config)
         self._order = {x.name: i for i, x in enumerate(tokenizer.registry.tokenizers)}
         about = {"vocabulary": tokenizer.registry.fingerprint, "config": config.to_dict()}
@@ -103,10 +108,14 @@ class Encoder:
         return self._key(document["segments"], digests)
 
     def _key(self, segments: Sequence[dict[str, Any]], digests: Sequence[str]) -> bytes:
-        """What the segments say but for where they lie, and the digests of their media."""
+        """What the segments say but for where they lie, and the digests of their media.
+
+        Of a file's name its suffix counts: one that says another kind than the file holds is refused.
+        """
         h = hashlib.sha256(self._salt)
         for segment, digest in zip(segments, digests, strict=True):
             said = {k: segment.get(k) for k in ("type", "start", "end", "role")}
+            said["suffix"] = suffix_of(segment) if digest else ""
             text = "" if digest else segment.get("text", "")
             h.update(json.dumps([said, digest, text]).encode())
         return h.digest()[:16]
@@ -199,15 +208,21 @@ class Encoder:
     def _meta(self, document: dict[str, Any]) -> dict[str, Any]:
         """The document without its texts, which the ids hold, and with paths relative to the root."""
         segments = [
-            {k: self._relative(v) if k in ("path", "table") else v for k, v in x.items() if k != "text"}
+            {k: self._place(v) if k in ("path", "table") else v for k, v in x.items() if k != "text"}
             for x in document["segments"]
         ]
         return {**document, "id": str(document["id"]), "segments": segments}
 
+    def _place(self, path: Any) -> Any:
+        """A path as seen from the root if it lies below it; anything else as it is."""
+        if not isinstance(path, str) or not self._root or not path.startswith(self._root):
+            return path
+        rest = path[len(self._root) :]
+        return path if rest.startswith("/") or is_url(rest) else rest
+
     def _relative(self, text: str) -> str:
-        return text.replace(self._root, "") if self._root else text
-
-
+        """A message with the paths below the root as seen from there."""
+        return self._root_in_text.sub("", text) if self._root_in_text else text
 
 
 def _sizes(segment: Text | Image | Audio | None) -> tuple[int, int]:
@@ -219,5 +234,3 @@ def _sizes(segment: Text | Image | Audio | None) -> tuple[int, int]:
         case Text(text):
             return len(text.encode()), 0
     return 0, 0
-
-

@@ -12,6 +12,7 @@ result is never taken for that of other documents, and a unit that is encoded tw
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -26,7 +27,7 @@ import torch
 from mmtok.checkpoints import atomic_write
 from mmtok.datasets.build.config import EncodeConfig
 from mmtok.datasets.build.encode import Encoder
-from mmtok.datasets.records import batches, Part, part_of, Record
+from mmtok.datasets.records import Part, Record, batches, part_of
 from mmtok.datasets.shardfile import Shard, write_shard
 from mmtok.datasets.shards import TokenDataset, token_dtype
 from mmtok.errors import DataError
@@ -223,7 +224,7 @@ class Parts(Sequence[Part]):
 
 
 class Known:
-    """The documents of an older dataset by their keys: ``known(key)`` -> (ids, spans), or None.
+    """The documents of an older dataset by their keys: ``known(key)`` -> (ids, spans), or None, also if damaged.
 
     Args:
         dataset: its directory.
@@ -232,11 +233,14 @@ class Known:
 
     def __init__(self, dataset: str, folder: Path) -> None:
         self._data = TokenDataset.open(dataset)
-        self._index = sqlite3.connect(f"file:{(folder / 'known.sqlite').as_posix()}?mode=ro", uri=True)
+        self._index = sqlite3.connect(f"{(folder / 'known.sqlite').absolute().as_uri()}?mode=ro", uri=True)
 
     def __call__(self, key: bytes) -> tuple[np.ndarray, np.ndarray] | None:
         row = self._index.execute("SELECT document FROM known WHERE key = ?", (key,)).fetchone()
-        return None if row is None else (self._data[row[0]], self._data.spans(row[0]))
+        try:
+            return None if row is None else (self._data[row[0]], self._data.spans(row[0]))
+        except DataError:
+            return None
 
 
 def index_known(dataset: TokenDataset, folder: Path) -> int:
@@ -250,7 +254,8 @@ def index_known(dataset: TokenDataset, folder: Path) -> int:
         first = 0
         for shard in dataset.shards:
             rows = ((shard.key(i), first + i) for i in range(shard.documents))
-            index.executemany("INSERT OR IGNORE INTO known VALUES (?, ?)", rows)
+            with contextlib.suppress(DataError):  # of a damaged shard what can be read
+                index.executemany("INSERT OR IGNORE INTO known VALUES (?, ?)", rows)
             first += shard.documents
     index.close()
     return first

@@ -27,6 +27,7 @@ from mmtok.errors import DataError, MmtokError
 from mmtok.sniffing import one_line
 
 BLOCK = 1 << 20
+_TOKENS = {"dataset.json", "vocab.json"}  # names of files in a token dataset
 # Seconds before the second and the third try.
 _PAUSES = (0.5, 2.0)
 # What another try does not change.
@@ -205,12 +206,15 @@ def scan(folder: str) -> list[tuple[str, bool]]:
 
 
 def walk(folder: str) -> Iterator[str]:
-    """Every file in a folder and those below it, by name.
+    """Every file in a folder and those below it, by name; token datasets, which may be made of it, are passed over.
 
     Raises:
         OSError: as :func:`scan`.
     """
-    for name, below in scan(folder):
+    entries = scan(folder)
+    if {name for name, below in entries if not below} >= _TOKENS:
+        return
+    for name, below in entries:
         path = join(folder, name)
         if below:
             yield from walk(path)
