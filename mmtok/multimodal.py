@@ -200,7 +200,7 @@ class MultimodalTokenizer:
         samples = sound.samples
         mono = samples if len(samples) == 1 else samples.mean(0, keepdims=True)
         mono = media.resample(mono, sound.sample_rate, int(spec.properties["sample_rate"]))
-        codes = model.encode(torch.from_numpy(np.array(mono, np.float32))[None])
+        codes = model.encode(torch.from_numpy(np.array(mono, np.float32))[None], levels=levels)
         if isinstance(codes, Sequence):
             return tuple(level[0].numpy() for level in codes[:levels])
         return codes[0, :levels].numpy()

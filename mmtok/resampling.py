@@ -6,21 +6,24 @@ import math
 from functools import lru_cache
 
 import numpy as np
+import torch
 from scipy.signal import firwin, resample_poly
+from torch import Tensor
 
 from mmtok.errors import MediaError
 
 SAMPLE_RATES = (1_000, 192_000)
 _ZERO_CROSSINGS = 64
 # Cut-off and Kaiser window of resampy's and torchaudio's "kaiser_best".
+_ROWS = 256  # of the product of matrices that are held at once
 _ROLLOFF, _BETA = 0.9475937167399596, 14.769656459379492
 
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     """Resample float32 [C, T] to [C, ceil(T * new_rate / rate)] with a Kaiser-windowed sinc, 64 zero crossings a side.
 
-    Polyphase filtering (scipy) keeps the filter small for any pair of rates: the dense kernel of torchaudio takes
-    gigabytes for a pair without a common divisor.
+    Polyphase filtering keeps the filter small for any pair of rates: the dense kernel of torchaudio takes gigabytes for
+    a pair without a common divisor. Where the dense kernel is small it is used, as a product of matrices.
 
     Raises:
         MediaError: an impossible rate.
@@ -28,8 +31,7 @@ def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
     up, down = _factors(rate, new_rate)
     if up == down or samples.shape[1] == 0:
         return samples
-    window = _sinc_filter(max(up, down))
-    return np.stack([resample_poly(x, up, down, window=window) for x in samples]).astype(np.float32, copy=False)
+    return _filtered(samples, up, down)
 
 
 class Resampler:
@@ -69,11 +71,7 @@ class Resampler:
             return held
         offset = self._first // self.down * self.up
         if until > self._made:
-            window = _sinc_filter(max(self.up, self.down))
-            rows = [
-                resample_poly(x, self.up, self.down, window=window)[self._made - offset : until - offset] for x in held
-            ]
-            out = np.stack(rows).astype(np.float32, copy=False)
+            out = _filtered(held, self.up, self.down)[:, self._made - offset : until - offset]
         else:
             out = np.zeros((len(held), 0), np.float32)
         self._made = until
@@ -96,6 +94,48 @@ def _factors(rate: int, new_rate: int) -> tuple[int, int]:
     check_rate("new_rate", new_rate)
     divisor = math.gcd(rate, new_rate)
     return new_rate // divisor, rate // divisor
+
+
+def _filtered(samples: np.ndarray, up: int, down: int) -> np.ndarray:
+    """float32 [C, T] -> float32 [C, ceil(T * up / down)], with zeros around; computed in float64."""
+    kernel = _kernel(up, down)
+    if kernel is None:
+        window = _sinc_filter(max(up, down))
+        return np.stack([resample_poly(x, up, down, window=window) for x in samples]).astype(np.float32, copy=False)
+    first, step, matrix = kernel
+    span, made = matrix.shape
+    length = -(-samples.shape[1] * up // down)
+    out = np.empty((len(samples), -(-length // made), made), np.float32)
+    for at in range(0, out.shape[1], _ROWS):
+        rows = min(_ROWS, out.shape[1] - at)
+        # Row r of the product is made of the inputs from (at + r) * step + first on.
+        begin = at * step + first
+        inputs = np.zeros((len(samples), (rows - 1) * step + span))
+        low, high = max(0, begin), min(samples.shape[1], begin + inputs.shape[1])
+        inputs[:, low - begin : high - begin] = samples[:, low:high]
+        windows = torch.from_numpy(inputs).unfold(1, span, step)
+        out[:, at : at + rows] = (windows @ matrix).numpy()
+    return out.reshape(len(samples), -1)[:, :length]
+
+
+@lru_cache(maxsize=8)
+def _kernel(up: int, down: int) -> tuple[int, int, Tensor] | None:
+    """The filter as a matrix float64 [span, made]: ``made`` outputs, a multiple of ``up``, of ``span`` inputs.
+
+    Also the place of the first of these inputs, and how many inputs later the next outputs' begin. None where the
+    matrix would be large.
+    """
+    taps = _sinc_filter(max(up, down))
+    half = len(taps) // 2
+    periods = -(-96 // up)  # fewer outputs together would take most inputs many times
+    made, step = up * periods, down * periods
+    first = -(half // up) - 1
+    span = ((made - 1) * down + half) // up + 1 - first
+    if made * span > 2**20:
+        return None
+    place = np.arange(made) * down - (np.arange(span)[:, None] + first) * up + half
+    inside = (place >= 0) & (place < len(taps))
+    return first, step, torch.from_numpy(np.where(inside, taps[place.clip(0, len(taps) - 1)] * up, 0.0))
 
 
 @lru_cache(maxsize=4)

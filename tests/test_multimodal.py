@@ -270,9 +270,9 @@ class ManyRates:
     kind, modality, fingerprint, codebook_sizes = "many-rates", "audio", "rates", (4, 3)
     properties: ClassVar[dict] = {"sample_rate": 1000, "hop": 2}
 
-    def encode(self, x: torch.Tensor) -> list[torch.Tensor]:
+    def encode(self, x: torch.Tensor, levels: int | None = None) -> list[torch.Tensor]:
         level = (x[:, 0] * 1.49 + 1.5).long()
-        return [level[:, ::2], level]
+        return [level[:, ::2], level][:levels]
 
     def decode(self, codes: list[torch.Tensor]) -> torch.Tensor:
         assert codes[0].shape[1] * 2 == codes[1].shape[1]

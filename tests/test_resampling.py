@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.signal import resample_poly
 
-from mmtok import media, sounds
+from mmtok import media, resampling, sounds
 from mmtok.errors import MediaError
 from mmtok.resampling import Resampler, resample
 
@@ -88,3 +90,20 @@ def test_a_damaged_file_is_named_by_its_second(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "a.flac").write_bytes(data)
     with pytest.raises(MediaError, match=r"damaged or cut short audio.* at (0\.[5-9]|1\.)\d* s"):
         media.read_audio(tmp_path / "a.flac", 16_000)
+
+
+@pytest.mark.parametrize(
+    ("rate", "new_rate"), [(44100, 16000), (48000, 16000), (16000, 44100), (8000, 16000), (44100, 15999), (96000, 8000)]
+)
+def test_it_is_scipys_polyphase_filter(rate: int, new_rate: int) -> None:
+    """As a product of matrices, where that is quick, or not: the same filter."""
+    random = np.random.default_rng(0)
+    divisor = math.gcd(rate, new_rate)
+    up, down = new_rate // divisor, rate // divisor
+    window = resampling._sinc_filter(max(up, down))
+    for length in (1, 2, 50, 1001, 30_000, 150_000 if up < 1000 else 2):
+        samples = random.uniform(-1, 1, (2, length)).astype(np.float32)
+        expected = np.stack([resample_poly(x, up, down, window=window) for x in samples]).astype(np.float32)
+        got = resample(samples, rate, new_rate)
+        assert got.shape == expected.shape
+        np.testing.assert_allclose(got, expected, rtol=0, atol=1e-7)
