@@ -151,10 +151,14 @@ def _open_sound(path: PathLike) -> Iterator[soundfile.SoundFile]:
         yield stack.enter_context(_Sound(source))
 
 
-def _frame_range(
+def frame_range(
     path: PathLike, frames: int, rate: int, start: float | None, end: float | None, max_seconds: float
 ) -> tuple[int, int]:
-    """The frames to read, checked against the file's own count."""
+    """First and last + 1 of the frames that lie between two times in seconds, of a file that has so many.
+
+    Raises:
+        MediaError: there are none, or the times are not within the file or too far apart.
+    """
     if frames < 1:
         raise MediaError(f"{path}: holds no samples")
     duration = frames / rate
@@ -188,7 +192,7 @@ def _audio_blocks(
             check_rate(f"{path}: sample rate", rate)
             if channels > MAX_CHANNELS:
                 raise MediaError(f"{path}: {channels} channels, the limit is {MAX_CHANNELS}")
-            at, last = _frame_range(path, frames, rate, start, end, max_seconds)
+            at, last = frame_range(path, frames, rate, start, end, max_seconds)
             fault = find_fault(os.fspath(path), rate)
             if fault and (end is None or end > fault.seconds):
                 raise MediaError(f"{path}: {fault.reason}")

@@ -23,7 +23,8 @@ from commands import contents, refused
 from corpora import write_corpus
 from PIL import Image as PILImage
 
-from mmtok.datasets.build import BuildReport, build, units
+from mmtok.datasets import plan as planning
+from mmtok.datasets.build import BuildReport, Progress, build, units
 from mmtok.datasets.build.config import EncodeConfig
 from mmtok.datasets.plan import plan
 from mmtok.datasets.shards import TokenDataset
@@ -354,3 +355,51 @@ def test_temporary_copies_go_with_their_process(tmp_path: Path) -> None:
         assert Path(content.path).exists()
         discard_copies()
         assert not Path(content.path).exists()
+
+
+def test_a_file_that_changes_while_a_build_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what was done already only the unit of that file is done again."""
+    monkeypatch.setattr(units, "DOCUMENTS", 2)
+    places = [picture(tmp_path / f"{i}.png", i) for i in range(6)]
+    source = write(tmp_path / "m.jsonl", *([image(x)] for x in places))
+
+    def stop(p: Progress) -> None:
+        if p.stage == "joining":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        make(source, tmp_path / "d", progress=stop)
+    picture(places[2], 9)
+    os.utime(places[2], ns=(1, 1))
+    assert make(source, tmp_path / "d").encoded == 2
+    assert same_as_fresh(source, tmp_path / "d")
+
+
+# --- what is foreseen
+
+
+def test_the_plan_foresees_impossible_parts_of_sounds(tmp_path: Path) -> None:
+    sound(tmp_path / "a.wav", 1.0)
+    parts = [(0, 1), (-1, 1), (0, 5), (0.5, 0.5), (None, 0.5), (0, 1.005), (0, 1.1), (2, 3), (0.2, None), (0, 1e-5)]
+    segments = [{"type": "audio", "path": "a.wav", "start": x, "end": y} for x, y in parts]
+    source = write(tmp_path / "m.jsonl", *([x] for x in segments))
+    foreseen = plan(open_source(source), mm())
+    report = make(source, tmp_path / "d")
+    assert (foreseen.documents - foreseen.left_out, foreseen.tokens) == (report.documents, report.tokens)
+    assert report.left_out == 6
+
+
+def test_the_plan_holds_few_long_texts_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "m.jsonl", *([text("cow " * 100)] for _ in range(50)))
+    whole = plan(open_source(source), mm())
+    held: list[int] = []
+    add = planning._Counter.add
+
+    def counted(self: planning._Counter, batch: Any, pool: Any) -> None:
+        held.append(len(batch))
+        add(self, batch, pool)
+
+    monkeypatch.setattr(planning, "CHARACTERS", 1000)
+    monkeypatch.setattr(planning._Counter, "add", counted)
+    assert plan(open_source(source), mm()).tokens == whole.tokens
+    assert max(held) == 3

@@ -12,7 +12,6 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ import torch
 
 from mmtok import layouts, media
 from mmtok.datasets.build.config import EncodeConfig, check_grid, chosen
-from mmtok.datasets.build.encode import READERS
+from mmtok.datasets.build.encode import CHARACTERS, READERS
 from mmtok.datasets.shards import token_dtype
 from mmtok.datasets.sources.content import local_copy
 from mmtok.datasets.sources.probe import image_size, sound_samples
@@ -130,7 +129,7 @@ def plan(
 
     chosen_documents = looked_at()
     with ThreadPoolExecutor(READERS) as pool:
-        while batch := list(islice(chosen_documents, TOGETHER)):
+        for batch in _batches(chosen_documents):
             counter.add(batch, pool)
     r = tokenizer.registry
     scale = seen / counter.documents if counter.documents else 1.0
@@ -313,6 +312,20 @@ class _Counter:
             return -(-size[0] // factor) * -(-size[1] // factor) * levels + 4
         layout = layouts.parse(spec.layout or "interleaved", levels)
         return layout.length(-(-size[0] // int(spec.properties["hop"]))) + 2
+
+
+def _batches(documents: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Up to ``TOGETHER`` documents, fewer of long texts."""
+    batch: list[dict[str, Any]] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += sum(len(x["text"]) for x in document.get("segments") or () if x["type"] == "text")
+        if len(batch) == TOGETHER or size > CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _timed(call: Any, arguments: Sequence[Any]) -> float:

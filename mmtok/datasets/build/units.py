@@ -7,7 +7,8 @@
 
 A unit's result is a shard in the build's directory, of long documents several, and ``unit-NAME.json``, which is written
 last and says that the unit is done. NAME is a hash of its documents, the vocabulary and the config, so that a
-result is never taken for that of other documents, and a unit that is encoded twice gives the same bytes.
+result is never taken for that of other documents, or of files that have changed since. A unit that is encoded twice
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ from mmtok.datasets.build.encode import Encoder
 from mmtok.datasets.records import Part, Record, batches, part_of
 from mmtok.datasets.shardfile import Shard, write_shard
 from mmtok.datasets.shards import TokenDataset, token_dtype
+from mmtok.datasets.sources.files import is_url
 from mmtok.errors import DataError
 from mmtok.multimodal import MultimodalTokenizer
 from mmtok.registry import VocabularyRegistry
@@ -89,11 +92,26 @@ def write_listing(
                 tick(first)
             file.write(line)
             digest.update(line)
+            digest.update(_stamps(document))
             stop += len(line)
             count += 1
     close()
     tick(first)
     return units
+
+
+def _stamps(document: dict[str, Any]) -> bytes:
+    """Size and time of the local files that a document's media lie in: a result is of the files as they were."""
+    stamps = []
+    for segment in document.get("segments") or ():
+        if segment["type"] in ("image", "audio"):
+            name = segment.get("path") or segment["table"]
+            try:
+                info = None if is_url(name) else os.stat(name)
+            except (OSError, ValueError):  # whose reason comes when it is read
+                info = None
+            stamps.append(f"{info.st_size} {info.st_mtime_ns}" if info is not None else "")
+    return "\n".join(stamps).encode()
 
 
 @dataclasses.dataclass(frozen=True)

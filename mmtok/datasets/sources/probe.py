@@ -8,6 +8,7 @@ from PIL import UnidentifiedImageError
 from mmtok import media
 from mmtok.errors import MediaError
 from mmtok.sniffing import one_line
+from mmtok.sounds import frame_range
 
 _ORIENTATION = 0x0112  # EXIF: 5 to 8 turn the picture by a quarter
 
@@ -40,11 +41,8 @@ def sound_samples(path: media.PathLike, rate: int, start: float | None = None, e
     """How many samples at ``rate`` Hz ``media.read_audio`` gives of a sound, or of a part of it in seconds.
 
     Raises:
-        MediaError: no sound.
+        MediaError: no sound, or no such part of it.
     """
     frames, own = media.audio_length(path)
-    first = round((start or 0.0) * own)
-    last = frames if end is None else min(frames, round(end * own))
-    if last <= first:
-        raise MediaError(f"{path}: no sample lies between {start} s and {end} s")
+    first, last = frame_range(path, frames, own, start, end, float("inf"))
     return -(-(last - first) * rate // own)
