@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +33,7 @@ from mmtok.registry import MODALITIES
 AHEAD = 64  # segments that are read, or waiting to be encoded, at once
 PIXELS = 2**20  # of pictures that are encoded together
 CHARACTERS = 2**21  # of texts that are encoded together
-READERS = 2
+READERS = 1 if (os.cpu_count() or 1) <= 2 else 2  # threads; they must not take the core of the tokenizers
 
 Known = Callable[[bytes], "tuple[np.ndarray, np.ndarray] | None"]
 _Waiting = deque[tuple[Draft, int, "Future[Loaded] | Loaded"]]
@@ -144,8 +145,13 @@ class Encoder:
         """Encode some of the segments that were read first, as many as fit into a batch of each modality."""
         batches: dict[str, list[tuple[Draft, int, Loaded]]] = {m: [] for m in MODALITIES}
         pixels = characters = 0
+        begun = False
         while waiting and count and pixels < PIXELS and characters < CHARACTERS:
-            draft, index, item = waiting.popleft()
+            draft, index, item = waiting[0]
+            if begun and isinstance(item, Future) and not item.done():
+                break  # rather encode what is there than wait
+            waiting.popleft()
+            begun = True
             loaded = item.result() if isinstance(item, Future) else item
             count -= 1
             if draft.left_out is not None:
