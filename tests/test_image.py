@@ -403,7 +403,7 @@ def test_damaged_checkpoints(model, tmp_path):
     with pytest.raises(CheckpointError, match="holds a 'audio-spectral', expected a 'image-vqvae'"):
         ImageVQVAE.load(path)
     (path / "mmtok.json").write_text(json.dumps({**meta, "kind": "transformer"}))
-    with pytest.raises(CheckpointError, match="tokenizers are: text-bpe, image-vqvae"):
+    with pytest.raises(CheckpointError, match=r"tokenizers are: text-bpe, .*image-vqvae"):
         mmtok.load(path)
 
 

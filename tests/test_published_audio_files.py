@@ -352,6 +352,6 @@ def test_import_command_refuses(tmp_path: Path, capsys: pytest.CaptureFixture) -
     out = tmp_path / "out"
     line = refused("import", "lyra", tmp_path, "-o", out, capsys=capsys)
     assert "no published system 'lyra'; mmtok reads: taming, " in line
-    assert line.rstrip().endswith("dac, mimi, snac, xcodec")
+    assert line.rstrip().endswith("dac, mimi, snac, xcodec, tokenizers, tiktoken, sentencepiece")
     assert "config.json cannot be read" in refused("import", "mimi", tmp_path, "-o", out, capsys=capsys)
     assert not out.exists()

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from mmtok.datasets.build import engines
-from mmtok.datasets.build.config import EncodeConfig, chosen
+from mmtok.datasets.build.config import REVISION, EncodeConfig, chosen
 from mmtok.datasets.build.units import Job, Parts, Unit, index_known, read_result, write_listing
 from mmtok.datasets.shardfile import write_shard
 from mmtok.datasets.shards import (
@@ -135,7 +135,7 @@ def build(
     older = _older(out, mm.registry)
     place, root = canonical(source)
     with _working(out) as folder, _threads():
-        salt = json.dumps([mm.registry.fingerprint, config.to_dict(), root], sort_keys=True)
+        salt = json.dumps([REVISION, mm.registry.fingerprint, config.to_dict(), root], sort_keys=True)
         units = _list(place, columns, folder, salt, progress)
         known = str(out.resolve()) if older is not None and index_known(older, folder) else ""
         job = Job(str(model), str(folder.resolve()), config, root, mm.registry.fingerprint, known)

@@ -9,6 +9,10 @@ from mmtok.config import Config
 from mmtok.errors import ConfigError, MediaError
 from mmtok.registry import MODALITIES
 
+# Of what, beside vocabulary and config, turns a document into ids: reading, resizing, resampling. To be raised when one
+# of them gives other pixels or samples, so that no build takes old ids for what it would make now.
+REVISION = 1
+
 
 @dataclasses.dataclass(frozen=True)
 class EncodeConfig(Config):

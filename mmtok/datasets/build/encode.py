@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmtok.datasets.build.config import EncodeConfig, chosen
+from mmtok.datasets.build.config import REVISION, EncodeConfig, chosen
 from mmtok.datasets.build.drafts import Draft, LeftOut
 from mmtok.datasets.build.reading import Loaded, Reader, is_media
 from mmtok.datasets.records import Record
@@ -63,7 +63,7 @@ class Encoder:
         self._root_in_text = re.compile(rf"(?<![^\s'\"(:=])(?:{'|'.join(sorted(names))})") if names else None
         self.names = chosen(tokenizer.registry, config)
         self._order = {x.name: i for i, x in enumerate(tokenizer.registry.tokenizers)}
-        about = {"vocabulary": tokenizer.registry.fingerprint, "config": config.to_dict()}
+        about = {"vocabulary": tokenizer.registry.fingerprint, "config": config.to_dict(), "revision": REVISION}
         self._salt = json.dumps(about, sort_keys=True).encode()
 
     def encode(self, documents: Iterable[dict[str, Any]]) -> Iterator[Record | LeftOut]:
