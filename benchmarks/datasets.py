@@ -138,8 +138,9 @@ def all_cores(manifest: Path, work: Path, workers: int) -> dict:
     }
 
 
-# The kernel's figure for this program alone: getrusage's has that of the program that started it.
-PEAK = 'next(int(x.split()[1]) for x in open("/proc/self/status") if x.startswith("VmHWM"))'
+# The kernel's figures for this program alone: getrusage's has that of the program that started it. The peak has pages of
+# mapped files, which the system takes back when it needs them; own memory, at the end, has not.
+PEAK = '*(x.split()[1] for x in open("/proc/self/status") if x.startswith(("VmHWM", "RssAnon")))'
 BUILD = f"""
 import sys, time
 from mmtok.datasets.build import build
@@ -174,8 +175,12 @@ def memory(work: Path) -> dict:
         for name, program in (("build", BUILD), ("read", READ)):
             call = [sys.executable, "-c", program, str(manifest), str(dataset)]
             done = subprocess.run(call, check=True, capture_output=True, text=True)
-            documents, _, seconds, peak = done.stdout.split()
-            out[name][documents] = {"peak MB": round(int(peak) / 1024), "seconds": round(float(seconds), 1)}
+            documents, _, seconds, peak, own = done.stdout.split()
+            out[name][documents] = {
+                "peak MB": round(int(peak) / 1024),
+                "own MB at the end": round(int(own) / 1024),
+                "seconds": round(float(seconds), 1),
+            }
             print(name, documents, out[name][documents], flush=True)
     return out
 
