@@ -138,8 +138,8 @@ def all_cores(manifest: Path, work: Path, workers: int) -> dict:
     }
 
 
-# The kernel's figures for this program alone: getrusage's has that of the program that started it. The peak has pages of
-# mapped files, which the system takes back when it needs them; own memory, at the end, has not.
+# The kernel's figures for this program alone: getrusage's has that of the program that started it. The peak has pages
+# of mapped files, which the system takes back when it needs them; own memory, at the end, has not.
 PEAK = '*(x.split()[1] for x in open("/proc/self/status") if x.startswith(("VmHWM", "RssAnon")))'
 BUILD = f"""
 import sys, time
