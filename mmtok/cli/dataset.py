@@ -201,7 +201,8 @@ def _show_plan(p: Plan) -> None:
     print(f"{p.documents:,} documents, {p.tokens:,} tokens, about {p.bytes / 1e6:,.3g} MB as {p.dtype}")
     print(f"{p.over:,} documents are longer than {p.context:,} tokens, the longest has {p.longest:,}")
     print(f"embedding: {p.ids:,} ids x {p.hidden_size:,} = {p.embedding:,} parameters")
-    print(f"a build takes about {p.seconds / 60:,.3g} minutes with {p.workers} workers")
+    unit, size = next(((u, n) for u, n in (("hours", 3600), ("minutes", 60)) if p.seconds >= 2 * n), ("seconds", 1))
+    print(f"a build takes about {p.seconds / size:,.3g} {unit} with {p.workers} workers, once their models are loaded")
     if p.share < 1:
         print(f"from {p.share:.2%} of the documents")
     if p.left_out:

@@ -78,10 +78,7 @@ def verify(
             print(line)
         if total > SHOWN:
             print(f"and {total - SHOWN} more")
-        print(
-            f"{total or 'no'} fault{'s' * (total != 1)} in {count:,} documents, {tokens:,} tokens; "
-            f"{count / max(seconds, 1e-9):,.0f} documents/s"
-        )
+        print(f"{total or 'no'} fault{'s' * (total != 1)} in {count:,} documents, {tokens:,} tokens; {seconds:.1f} s")
     if total:
         raise typer.Exit(2)
 
