@@ -97,23 +97,26 @@ def any_workers(manifest: Path, work: Path) -> dict:
 
 
 def kills(manifest: Path, work: Path, whole: float) -> dict:
-    """SIGKILL at random moments of what is left, the whole group and the parent alone in turn; then the last run."""
+    """SIGKILL at random moments, the whole group and the parent alone in turn; then the last run.
+
+    Where a build was over before its moment came, that does not count, and all begins anew.
+    """
     choice, folder, moments = random.Random(0), work / "killed", []
-    for number in range(KILLS):
+    while len(moments) < KILLS:
         process = subprocess.Popen(
             command(manifest, folder, 2), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         moment = choice.uniform(0.1, whole * 0.6)
+        alone = len(moments) % 2 == 1
         time.sleep(moment)
-        ended = process.poll() is not None
-        if number % 2 and not ended:
-            os.kill(process.pid, signal.SIGKILL)
-        elif not ended:
-            os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is not None:
+            shutil.rmtree(folder)
+            continue
+        (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
         process.wait()
         time.sleep(1.5)  # workers whose parent is gone end by themselves
         units = len(list((folder / ".build").glob("unit-*.json"))) if folder.exists() else 0
-        moments.append({"after": round(moment, 2), "units done": units, "was over already": ended})
+        moments.append({"after": round(moment, 2), "alone": alone, "units done": units})
         print(moments[-1], flush=True)
     _, done = run(manifest, folder, 2)
     if done.returncode:
