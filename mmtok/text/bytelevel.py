@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -38,7 +39,7 @@ _PIECE = 1_000_000
 _PROBE = "  it's " + "".join(map(chr, range(0x800))) + " \n\t  \ufeff\u2581\U0001f600 <|endoftext|> 12345  \r\n "
 
 
-class TextTokenizer:
+class TextTokenizer(ABC):
     """What every text tokenizer is, whatever its model. A subclass encodes, and reads its canonical file.
 
     Immutable; what ``encode`` returns depends on the text alone. ``_prefix`` is what the model puts before each text.
@@ -51,13 +52,13 @@ class TextTokenizer:
     _prefix: bytes = b""
 
     @classmethod
+    @abstractmethod
     def _from_file(cls, data: bytes) -> Self:
         """A tokenizer from the bytes of its canonical file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _files(self) -> dict[str, bytes]:
         """The canonical file by its name."""
-        raise NotImplementedError
 
     @property
     def codebook_sizes(self) -> tuple[int, ...]:
@@ -74,13 +75,13 @@ class TextTokenizer:
         """sha256 over config and canonical file: what the ids mean."""
         return checkpoints.fingerprint(self.kind, self._config_json(), self._files())
 
+    @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Ids of each text, int64 [n]. Nothing in a text is special.
 
         Raises:
             MediaError: not a list of str, or a text with a lone surrogate, with its position.
         """
-        raise NotImplementedError
 
     def decode(self, codes: Sequence[Any]) -> list[str]:
         """The text of each id sequence. Bytes that are not UTF-8, as sampled ids may give, become U+FFFD.
@@ -168,9 +169,9 @@ class ByteLevelTokenizer(TextTokenizer):
             raise CheckpointError(f"expected a lossless {self.noun}, but its pre-tokenizer changes or drops text")
 
     @classmethod
+    @abstractmethod
     def _read(cls, tokenizer_json: str) -> tuple[bytes, ...]:
         """The bytes of each id, after all checks of the class."""
-        raise NotImplementedError
 
     @staticmethod
     def _fit(model: models.Model, trainer: trainers.Trainer, texts: Iterable[str]) -> str:
