@@ -50,11 +50,6 @@ def pages(data: bytes) -> list[bytes]:
     return out
 
 
-def sealed(page: bytes) -> bytes:
-    """A page with the checksum that it ought to have."""
-    return page[:22] + plain_checksum(page).to_bytes(4, "little") + page[26:]
-
-
 def plain_checksum(page: bytes) -> int:
     """RFC 3533, bit by bit."""
     value = 0

@@ -40,14 +40,6 @@ def temporary(tmp_path, monkeypatch):
     assert not list(folder.iterdir())
 
 
-@pytest.fixture
-def cloud():
-    system = fsspec.filesystem("memory")
-    yield system
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
-
-
 class Flaky(MemoryFileSystem):
     """Files that fail a few times, on opening or in the middle."""
 

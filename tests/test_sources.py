@@ -12,7 +12,6 @@ import tarfile
 import tracemalloc
 
 import datasets
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,15 +33,6 @@ def sound(seed: int, kind: str = "WAV") -> bytes:
 
 
 WAV = [sound(i) for i in range(2)]
-
-
-@pytest.fixture
-def cloud():
-    """A file system in memory, as an object store is one."""
-    system = fsspec.filesystem("memory")
-    yield system
-    system.store.clear()
-    system.pseudo_dirs[:] = [""]
 
 
 def content(segment):

@@ -135,7 +135,6 @@ class Shard:
 
     def __init__(self, file: Path, entry: dict[str, Any], dtype: np.dtype, registry: str, check: bool = True) -> None:
         self.file, self.documents, self.tokens = file, int(entry["documents"]), int(entry["tokens"])
-        self._check_blocks = check
         try:
             self._map = _mapped(file, entry["bytes"])
         except OSError as error:
