@@ -12,10 +12,10 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -57,6 +57,7 @@ def run(engine: str, job: Job, units: Sequence[Unit], workers: int, tokenizer: M
 def processes(job: Job, units: Sequence[Unit], workers: int) -> Results:
     """Processes of this machine."""
     left = {x.name: x for x in units}
+    suspects: set[str] = set()  # that were under way when a worker died
     broken = 0
     # What the numerical libraries start beside the worker's own thread would fight over the cores.
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -68,8 +69,9 @@ def processes(job: Job, units: Sequence[Unit], workers: int) -> Results:
             line, end = context.Pipe(duplex=False)
             pool = ProcessPoolExecutor(workers, context, _start, (job, line))
             try:
-                for result in _handed_out(pool, list(left.values()), 2 * workers):
+                for result in _handed_out(pool, list(left.values()), 2 * workers, suspects):
                     del left[result["unit"]]
+                    suspects.discard(result["unit"])
                     broken = 0
                     yield result
             except BrokenProcessPool as error:
@@ -91,17 +93,24 @@ def processes(job: Job, units: Sequence[Unit], workers: int) -> Results:
                 os.environ[key] = value
 
 
-def _handed_out(pool: ProcessPoolExecutor, units: Sequence[Unit], most: int) -> Results:
-    """The results of units of which at most so many are in the pool."""
-    running: set[Future[dict[str, Any]]] = set()
-    waiting = iter(units)
-    while True:
-        with _quiet_children():
-            running |= {pool.submit(_work, unit) for unit in islice(waiting, most - len(running))}
-        if not running:
-            return
-        done, running = wait(running, return_when=FIRST_COMPLETED)
+def _handed_out(pool: ProcessPoolExecutor, units: Sequence[Unit], most: int, suspects: set[str]) -> Results:
+    """The results of units of which at most so many are in the pool.
+
+    A worker that dies takes the others of its pool with it. So the units that were under way then, the suspects, come
+    first, each alone, and only that one is blamed whose worker dies again.
+    """
+    running: dict[Future[dict[str, Any]], str] = {}
+    waiting = deque(sorted(units, key=lambda x: x.name not in suspects))
+    while waiting or running:
+        while waiting and len(running) < (1 if suspects else most):
+            unit = waiting.popleft()
+            with _quiet_children():
+                running[pool.submit(_work, unit)] = unit.name
+        done, _ = wait(running, return_when=FIRST_COMPLETED)
         for future in done:
+            if isinstance(future.exception(), BrokenProcessPool):
+                suspects |= set(running.values())
+            del running[future]
             yield future.result()
 
 
