@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from functools import cache as once
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mmtok.checkpoints import WEIGHTS, load_strict, read_checkpoint, save_checkpoint, tensors_to_bytes
 from mmtok.config import Config
@@ -111,7 +113,7 @@ class Step(NamedTuple):
 
     cos: Tensor  # float [T, D] or [B, 1, T, D]
     sin: Tensor
-    mask: Tensor | None  # bool, broadcast to [B, H, T, S]; True = visible
+    mask: Tensor | BlockMask | None  # bool, broadcast to [B, H, T, S]; True = visible
     causal: bool
     cache: KVCache | None
 
@@ -148,7 +150,10 @@ class Attention(nn.Module):
         q, k = rotate(q, step.cos, step.sin).to(v.dtype), rotate(k, step.cos, step.sin).to(v.dtype)
         if step.cache is not None:
             k, v = step.cache.append(layer, k, v)
-        y = F.scaled_dot_product_attention(q, k, v, step.mask, is_causal=step.causal, enable_gqa=self.shared)
+        if isinstance(step.mask, BlockMask):
+            y = flex(q.is_cuda)(q, k, v, block_mask=step.mask, enable_gqa=self.shared)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, step.mask, is_causal=step.causal, enable_gqa=self.shared)
         return self.o_proj(y.transpose(1, 2).reshape(b, t, -1))
 
 
@@ -233,14 +238,19 @@ class Transformer(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden(
-        self, ids: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        ids: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
+        cache: KVCache | None = None,
     ) -> Tensor:
         """The normalised output of the last block, from which ``logits`` are made.
 
         Args:
             ids: int64 [B, T], 0..V-1.
             positions: int64 [B, T], 0..max_position_embeddings-1; None means 0..T-1 in each row.
-            mask: bool [B, 1, T, T], True where a query may see a key (``packing.attention_mask``); None means causal.
+            mask: bool [B, 1, T, T], True where a query may see a key, or a ``BlockMask`` for flex attention (both of
+                ``mmtok.transformer.packing``); None means causal.
             cache: keys and values of what went before; the new ones are appended and each row grows by T.
                 Positions and mask then follow from the cache and must be None.
 
@@ -289,7 +299,7 @@ class Transformer(nn.Module):
         self,
         ids: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
         cache: KVCache | None = None,
         logits: Literal["all", "last", "none"] = "all",
     ) -> Tensor:
@@ -382,6 +392,12 @@ class Transformer(nn.Module):
                 f"{what} has vocab_size {self.config.vocab_size}, its registry has {registry.padded_size} ids "
                 "(padded); build the TransformerConfig with vocab_size=registry.padded_size"
             )
+
+
+@once
+def flex(compiled: bool) -> Any:
+    """Flex attention; compiled for a GPU, where it is a kernel of its own. Elsewhere it is slow, and only forward."""
+    return torch.compile(flex_attention) if compiled else flex_attention
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

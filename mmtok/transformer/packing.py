@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from mmtok.datasets.loader.packing import best_fit
 from mmtok.errors import SequenceError
@@ -51,17 +52,34 @@ def pack(documents: Sequence[np.ndarray], length: int, pad: int = 0) -> tuple[np
     return ids, document, positions
 
 
-def attention_mask(document: Tensor | np.ndarray) -> Tensor:
+def attention_mask(document: Tensor | np.ndarray) -> Tensor | BlockMask:
     """Causal within each document.
 
     Args:
         document: int64 [N, T], the second result of ``pack``.
 
     Returns:
-        bool [N, 1, T, T], True where the query (second to last axis) may see the key. Padding sees padding only, so
-        that no row of the attention is empty.
+        bool [N, 1, T, T], True where the query (second to last axis) may see the key; on a GPU the same as
+        ``block_mask``. Padding sees padding only, so that no row of the attention is empty.
     """
     d = torch.as_tensor(document)
+    if d.is_cuda:
+        return block_mask(d)
     t = d.shape[1]
-    causal = torch.ones(t, t, dtype=torch.bool, device=d.device).tril()
+    causal = torch.ones(t, t, dtype=torch.bool).tril()
     return ((d[:, :, None] == d[:, None, :]) & causal)[:, None]
+
+
+def block_mask(document: Tensor) -> BlockMask:
+    """``attention_mask`` for flex attention (https://arxiv.org/abs/2412.05496), which skips blocks of 128 x 128 places
+    without a pair that may see each other.
+
+    Args:
+        document: int64 [N, T], on the device that the model is on.
+    """
+    n, t = document.shape
+
+    def visible(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (document[row, query] == document[row, key]) & (query >= key)
+
+    return create_block_mask(visible, n, None, t, t, device=str(document.device))
