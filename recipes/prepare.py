@@ -6,6 +6,7 @@
 Leaves, under ``data/``:
     corpora/            the unpacked Debian packages
     stamps-png/         the stamps' SVG drawings as PNG
+    stamps-mirrored/    mirror images of those of the trimodal corpus
     speech-en/          the stamps' English names, spoken by a neural voice (piper, joe) and by espeak-ng
     speech-phrases/, speech-questions/  more that is spoken by them
     images.jsonl        clip art, stamps, photographs         -> recipes/image.py
@@ -33,6 +34,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import soundfile
+from PIL import Image, ImageOps
 from rich.progress import track
 from speaking import phrases_of, speak_names, speak_phrases, speak_questions
 
@@ -262,6 +264,16 @@ def messages(root: Path) -> Iterator[tuple[str, str, str, str]]:
             yield "messages", f"messages/{part}", locale, "\n".join(texts)
 
 
+def mirrored(picture: Path, concept: str, out: Path) -> Path:
+    """The picture's mirror image, which is shown to the model but never drawn by it."""
+    target = out / "stamps-mirrored" / f"{concept}.png"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(picture) as image:
+            ImageOps.mirror(image.convert("RGBA")).save(target)
+    return target
+
+
 def trimodal_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[dict]:
     """One line a concept: its name in English and French, its picture, and every English recording of the name."""
     stamps, speech = corpora / STAMPS, out / "speech-en"
@@ -279,6 +291,7 @@ def trimodal_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[d
         segments = [
             {"type": "text", "text": name, "language": "en"},
             {"type": "image", "path": str(picture.relative_to(out))},
+            {"type": "image", "path": str(mirrored(picture, concept, out).relative_to(out)), "question_only": True},
         ]
         french = re.search(
             r"^fr(?:\.utf8)?=(.+)$", (stamps / f"{concept}.txt").read_text(encoding="utf-8", errors="replace"), re.M
