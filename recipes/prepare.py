@@ -300,9 +300,7 @@ def trimodal_manifest(out: Path, corpora: Path, names: dict[str, str]) -> list[d
             segments.append({"type": "text", "text": french[1].strip().rstrip("."), "language": "fr"})
         for path in sorted(speech.glob(f"{concept}.*.wav")):
             style = path.name.split(".")[-2]
-            segments.append(
-                {"type": "audio", "path": str(path.relative_to(out)), "voice": style, "language": "en"}
-            )
+            segments.append({"type": "audio", "path": str(path.relative_to(out)), "voice": style, "language": "en"})
         for suffix, language in (("", "en"), ("_fr", "fr")):
             recorded = stamps / f"{concept}_desc{suffix}.ogg"
             if recorded.is_file() and not (language == "fr" and pair_test(concept, language)):

@@ -1,7 +1,7 @@
 """The synthetic English speech of the corpora: names, phrases around them, common words, and spoken questions.
 
 ``speak_names``      -- the stamps' names, in four voices
-``speak_phrases``    -- words and short phrases in the voice that answers are spoken with, so that it knows more than names
+``speak_phrases``    -- words and short phrases in the voice of the answers, so that it knows more than names
 ``speak_questions``  -- what one may ask beside a picture, in four voices
 
 What the trimodal corpus holds out is never said: no name of `val`, `test` or `pair-test`, alone or with its article. Of
@@ -143,9 +143,10 @@ def speak_phrases(phrases: Iterable[str], out: Path) -> list[dict]:
 
 
 def speak_questions(phrasings: Path, out: Path) -> list[dict]:
-    """Synthesise the spoken questions of ``phrasings.toml``; a manifest line for each, split ``train`` or ``held-out``."""
+    """Synthesise the spoken questions of ``phrasings.toml``; a manifest line for each, of ``train`` or ``held-out``."""
     lines = []
-    intents = {k: v for k, v in tomllib.loads(phrasings.read_text()).items() if isinstance(v, dict) and v.get("spoken")}
+    value = tomllib.loads(phrasings.read_text())
+    intents = {k: v for k, v in value.items() if isinstance(v, dict) and v.get("spoken")}
     for intent, entry in track(intents.items(), "speaking questions"):
         for split, key in (("train", "train"), ("held-out", "held_out")):
             for i, question in enumerate(entry[key]):

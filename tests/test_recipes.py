@@ -26,7 +26,6 @@ from mmtok.audio import SpectralCodec
 from mmtok.errors import ConfigError, DataError, VocabularyError
 from mmtok.evaluation.metrics import has_pesq
 from mmtok.image import ImageVQVAE
-from mmtok.multimodal import MultimodalTokenizer
 from mmtok.quantizers import build_quantizer
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
 from mmtok.text import ByteLevelBPE
@@ -51,6 +50,7 @@ MODEL = [
 
 
 def recipe(name: str) -> ModuleType:
+    sys.path[:0] = [str(RECIPES)] * (str(RECIPES) not in sys.path)  # as when it is run
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -456,53 +456,6 @@ def test_audio_of_another_loss_or_first_stage_is_no_continuation(made, corpus, t
             run("audio", *arguments, *change)
 
 
-def any_to_any(made, corpus, out, manifest="all.jsonl", more=(), **kwargs):
-    tokenizers = [x for m in ("text", "image", "audio") for x in (f"--{m}", made[m] / "model")]
-    arguments = ("--data", corpus / manifest, "--out", out, *tokenizers, "--model", *MODEL, "--set", *SCHEDULE, *more)
-    return run("any_to_any", *arguments, **kwargs)
-
-
-def test_any_to_any(made, corpus, tmp_path):
-    any_to_any(made, corpus, tmp_path / "a")
-    model = Transformer.load(tmp_path / "a" / "model")
-    mm = MultimodalTokenizer.load(tmp_path / "a" / "model")
-    assert model.registry is not None
-    assert model.registry.fingerprint == mm.registry.fingerprint
-    assert list(mm.tokenizers) == ["text", "image", "audio"]
-    for modality, tokenizer in mm.tokenizers.items():
-        assert tokenizer.fingerprint == mmtok.load(made[modality] / "model").fingerprint
-    ids = torch.tensor(mm.prompt([mmtok.Text("a red cow")]))[None]
-    assert torch.isfinite(model(ids)).all()
-    any_to_any(made, corpus, tmp_path / "b", die_at=2)
-    any_to_any(made, corpus, tmp_path / "b")
-    same_run(tmp_path / "a", tmp_path / "b")
-
-
-def test_any_to_any_from_a_model_of_another_image_tokenizer(made, corpus, tmp_path):
-    other = [x for x in IMAGE if "codebook_size" not in x] + ["codebook_size=32"]
-    run("image", "--data", corpus, "--out", tmp_path / "image", "--set", *SCHEDULE, "--model", *other)
-    common = ("--data", corpus / "all.jsonl", "--text", made["text"] / "model", "--audio", made["audio"] / "model")
-    schedule = ("--set", *SCHEDULE, "--model", *MODEL)
-    run("any_to_any", *common, "--image", made["image"] / "model", "--out", tmp_path / "a", *schedule)
-    init = tmp_path / "a" / "model"
-    short = ["steps=1" if x.startswith("steps") else x for x in schedule[: len(SCHEDULE) + 1]]
-    arguments = (*common, "--image", tmp_path / "image" / "model", "--out", tmp_path / "b", *short, "lr=1e-9")
-    run("any_to_any", *arguments, "--model", *MODEL, "--init", init)
-    before, after = (Transformer.load(tmp_path / x / "model") for x in "ab")
-    old, new = (MultimodalTokenizer.load(tmp_path / x / "model").registry for x in "ab")
-    assert new.size == old.size + 16
-    a, b = before.state_dict(), after.state_dict()
-    torch.testing.assert_close(a["model.layers.0.mlp.up_proj.weight"], b["model.layers.0.mlp.up_proj.weight"])
-    rows = {n: x.state_dict()["model.embed_tokens.weight"] for n, x in (("old", before), ("new", after))}
-    for name in ("text", "audio.2", "grid"):
-        one, two = old.block(name), new.block(name)
-        torch.testing.assert_close(rows["old"][one.start : one.end], rows["new"][two.start : two.end])
-    for name in ("<image>", "</audio>", "<eos>"):
-        torch.testing.assert_close(rows["old"][old.control(name)], rows["new"][new.control(name)])
-    codes = rows["new"][new.block("image").start : new.block("image").end]
-    assert float(codes.abs().max()) <= float(rows["old"].abs().max()) + 1e-3, "means of old rows"
-
-
 def test_inherited_rows_by_hand():
     tokenizers = [
         TokenizerSpec("t", "text", (4,), "t"),
@@ -532,49 +485,7 @@ def test_inherited_rows_by_hand():
         inherit(Transformer(dataclasses.replace(shapes[1], num_hidden_layers=2)), registry, old, old_registry, [])
 
 
-def test_any_to_any_of_documents_that_lack_parts(made, corpus, tmp_path):
-    """Without recordings nothing is spoken; without anything to answer with, training says so instead of waiting."""
-    documents = [json.loads(x) for x in (corpus / "all.jsonl").read_text().splitlines()]
-    for name, kept in (("silent", ("text", "image")), ("mute", ())):
-        lines = [{**d, "segments": [s for s in d["segments"] if s["type"] in kept]} for d in documents]
-        (tmp_path / "m.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-        for d in lines:
-            for s in d["segments"]:
-                if "path" in s and not (tmp_path / s["path"]).exists():
-                    (tmp_path / s["path"]).parent.mkdir(exist_ok=True)
-                    (tmp_path / s["path"]).write_bytes((corpus / s["path"]).read_bytes())
-        if kept:
-            any_to_any(made, tmp_path, tmp_path / name, manifest="m.jsonl", more=["steps=1", "batch_size=1"])
-            assert Transformer.load(tmp_path / name / "model").config.hidden_size == 16
-        else:
-            with pytest.raises(DataError, match="no exchange of at most 384 ids"):
-                any_to_any(made, tmp_path, tmp_path / name, manifest="m.jsonl")
-    (tmp_path / "m.jsonl").write_text(json.dumps({**documents[0], "segments": []}))
-    with pytest.raises(DataError, match=r"no document in split 'val' \(1 in all splits\)"):
-        any_to_any(made, tmp_path, tmp_path / "none", manifest="m.jsonl")
-    with pytest.raises(ConfigError, match="three different names"):
-        run("any_to_any", "--text", tmp_path / "a" / "x", "--image", tmp_path / "b" / "x", "--out", tmp_path)
-
-
 # --- parts
-
-
-def test_spellings():
-    module = recipe("any_to_any")
-    assert module.spellings("A cow") == ["A cow", "a cow", "a cow", "cow", "A cow."]
-    assert module.spellings("USA") == ["USA", "USA", "USA", "USA", "USA."]
-    assert module.spellings("X") == ["X", "X", "X", "X", "X."]
-    assert module.spellings("") == ["", "", "", "", "."]
-
-
-def test_variants_are_pictures_of_one_size():
-    module = recipe("any_to_any")
-    pixels = np.random.default_rng(0).integers(0, 256, (3, 64, 64), np.uint8)
-    made = module.variants(pixels)
-    assert len(made) == 2
-    assert all(x.shape == pixels.shape and x.dtype == np.uint8 for x in made)
-    assert (made[0] == pixels).all()
-    assert (made[1][:, :, ::-1] == pixels).all()
 
 
 def test_image_of_another_loss_or_data_is_no_continuation(made, corpus, tmp_path):
@@ -613,12 +524,36 @@ def test_prepare_parts(tmp_path):
     (tmp_path / "b.txt").write_text("")
     assert module.name_of(tmp_path / "b.txt") == ""
     silence, tone = np.zeros(8000, np.float32), np.ones(800, np.float32)
-    assert len(module.trim(np.concatenate([silence, tone, silence]), 8000)) == 800 + 2 * 480 - 1
-    assert len(module.trim(silence, 8000)) == 8000
-    assert len(module.trim(np.zeros(0, np.float32), 8000)) == 0
+    trim = recipe("speaking").trim
+    assert len(trim(np.concatenate([silence, tone, silence]), 8000)) == 800 + 2 * 480 - 1
+    assert len(trim(silence, 8000)) == 8000
+    assert len(trim(np.zeros(0, np.float32), 8000)) == 0
     assert module.seconds_of(tmp_path / "a.txt") == 0
     soundfile.write(tmp_path / "s.wav", silence, 8000)
     assert module.seconds_of(tmp_path / "s.wav") == 1
+
+
+def test_nothing_that_is_held_out_is_spoken():
+    module = recipe("speaking")
+    keys = [f"pair{i}" for i in range(20)]
+    heard = next(k for k in keys if module.said_elsewhere(k))
+    unheard = next(k for k in keys if not module.said_elsewhere(k))
+    named = {
+        ("train", "cow"): "A red cow", ("train", "hat"): "A green hat", ("val", "v"): "A purple yak",
+        ("test", "t"): "An emu", ("pair-test", heard): "A badger", ("pair-test", unheard): "A mango",
+        ("pair-test", f"{heard}2"): "A tall hat",
+    }  # fmt: skip
+    concepts = [{"id": k, "split": s, "segments": [{"text": name}]} for (s, k), name in named.items()]
+    texts = ["the emu and a mango of the yak, badger yaks", "an emu, the mango: a yak; the badger, emus"]
+    names = {"other/emu": "A small emu", "other/bus": "A yellow bus"}
+    phrases = module.phrases_of(concepts, names, texts)
+    said = {word for phrase in phrases for word in phrase.split()}
+    assert {"cow", "hat", "badger", "the"} <= said
+    assert not said & {"emu", "emus", "yak", "yaks", "mango"}
+    assert not {module.bare(x) for x in phrases} & {"badger", "mango", "emu", "purple yak", "tall hat"}
+    assert sum("badger" in x for x in phrases) >= module.PHRASES - 1, "within phrases, but not as `the badger`"
+    assert "the badger" not in phrases
+    assert ("yellow bus" in phrases) == (split_of("other/bus") == "train")
 
 
 def test_prepared_manifest_of_concepts(tmp_path):
@@ -627,7 +562,7 @@ def test_prepared_manifest_of_concepts(tmp_path):
     stamps, speech = corpora / module.STAMPS / "animals", tmp_path / "speech-en" / "animals"
     stamps.mkdir(parents=True)
     speech.mkdir(parents=True)
-    Image.new("RGBA", (4, 4)).save(stamps / "cow.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)).save(stamps / "cow.png")
     (stamps / "cow.txt").write_text("A cow.\nfr.utf8=Une vache.\n", encoding="utf-8")
     (stamps / "hen.txt").write_text("A hen without a picture.\n", encoding="utf-8")
     soundfile.write(speech / "cow.joe.wav", np.zeros(4000, np.float32), 8000)
@@ -637,9 +572,12 @@ def test_prepared_manifest_of_concepts(tmp_path):
     assert line["id"] == "animals/cow"
     assert line["split"] == "train"
     assert [(s["type"], s.get("text"), s.get("voice")) for s in line["segments"]] == [
-        ("text", "A cow", None), ("text", "Une vache", None), ("image", None, None), ("audio", None, "joe"),
-        ("audio", None, "human"),
+        ("text", "A cow", None), ("image", None, None), ("image", None, None), ("text", "Une vache", None),
+        ("audio", None, "joe"), ("audio", None, "human"),
     ]  # fmt: skip
+    assert [s.get("question_only") for s in line["segments"]] == [None, None, True, None, None, None]
+    plain, mirrored = (media.read_image(tmp_path / s["path"]) for s in line["segments"][1:3])
+    assert np.array_equal(plain[:, :, ::-1], mirrored)
     assert all((tmp_path / s["path"]).is_file() for s in line["segments"] if "path" in s)
     sounds = module.audio_manifest(tmp_path, corpora)
     assert [(s["id"], s["source"], s["seconds"]) for s in sounds] == [

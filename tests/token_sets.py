@@ -22,13 +22,13 @@ from mmtok.registry import VocabularyRegistry
 from mmtok.text import ByteLevelBPE
 
 
-def save_tokenizers(folder: Path) -> MultimodalTokenizer:
-    """Untrained tokenizers of each modality in ``folder``/words, pictures and sounds, and a vocabulary over them."""
+def save_tokenizers(folder: Path, codes: int = 64) -> MultimodalTokenizer:
+    """Untrained tokenizers in ``folder``/words, pictures (of so many codes) and sounds, and a vocabulary over them."""
     torch.manual_seed(0)
     shape = SpectralCodecConfig(dim=16, encoder_blocks=1, decoder_blocks=1, levels=2, codebook_size=32, codebook_dim=8)
     models: dict[str, Any] = {
         "words": ByteLevelBPE.train(["a cow and a calf"], 270),
-        "pictures": ImageVQVAE(ImageVQVAEConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=64)),
+        "pictures": ImageVQVAE(ImageVQVAEConfig(channels=8, encoder_blocks=1, decoder_blocks=1, codebook_size=codes)),
         "sounds": SpectralCodec(shape),
     }
     for name, model in models.items():

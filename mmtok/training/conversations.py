@@ -25,6 +25,7 @@ from mmtok.errors import ConfigError, DataError
 from mmtok.multimodal import MultimodalTokenizer
 
 FIRST = "en"  # the language that a part has which names none
+ARTICLES = ("a", "an", "the", "some", "un", "une", "le", "la", "les", "des")
 
 
 @dataclass
@@ -57,9 +58,10 @@ class Concept:
 def concepts(data: TokenDataset, mm: MultimodalTokenizer, voices: Mapping[str, str]) -> Iterator[Concept]:
     """The documents of a dataset, as they are called for in conversations.
 
-    A segment's ``language`` makes its part; English needs none. A sound whose ``voice`` is not the one of its language in
-    ``voices`` is only heard, never said, and a segment with ``"question_only": true`` is only asked with. Of several texts
-    in one language the first is the name. Texts that follow each other are one in a dataset: put something between them.
+    A segment's ``language`` makes its part; English needs none. A sound whose ``voice`` is not the one of its language
+    in ``voices`` is only heard, never said, and a segment with ``"question_only": true`` is only asked with. Of several
+    texts in one language the first is the name. Texts that follow each other are one in a dataset: put something
+    between them.
 
     Args:
         data: the dataset.
@@ -103,8 +105,8 @@ def plain(name: str) -> str:
 def spelt(name: str, r: np.random.Generator) -> str:
     """One of the ways in which people write a name: as it is, with a small letter, without its article."""
     small = plain(name)
-    words = small.split(" ", 1)
-    bare = words[1] if len(words) == 2 and words[0] in ("a", "an", "the", "some", "un", "une", "le", "la", "des") else small
+    article, _, rest = small.partition(" ")
+    bare = rest if rest and article in ARTICLES else small
     return (name, small, small, small, bare)[r.integers(5)]
 
 
@@ -242,11 +244,12 @@ class Conversations:
     ) -> list[np.ndarray] | None:
         intents = self.phrasings.of(asks[0], answers) if len(asks) == 1 else []
         intents = [k for k in intents if not self.phrasings.intents[k].spoken or self.spoken.get(k)]
-        text = asks == ("text",)
         # A picture alone does not say which language is wanted: then the answer is in the first one. Text alone is
         # answered with its translation, where text is wanted.
         foreign = any(":" in part for part in answers)
-        phrased = answers == ("text",) or (foreign and answers != ("text:fr",)) if text else foreign
+        phrased = foreign
+        if asks == ("text",):
+            phrased = answers == ("text",) or (foreign and not answers[0].startswith("text:"))
         if intents and (phrased or r.random() >= self.bare):
             # Spoken intents are few sentences beside many written ones.
             share = np.array([0.4 if self.phrasings.intents[k].spoken else 1.0 for k in intents])
@@ -262,7 +265,7 @@ class Conversations:
                             return None
                         phrase = phrase.replace(mark, spelt(concept.names[language], r))
                 words = text_ids(self.mm, phrase)
-            if text:
+            if asks == ("text",):
                 return [words]
             media = self._media(concept, asks[0], r)
             if media is None:
@@ -274,7 +277,8 @@ class Conversations:
             if part.startswith("text"):
                 if language not in concept.names:
                     return None
-                made: np.ndarray | None = text_ids(self.mm, spelt(concept.names[language], r) + ("", "", ".")[r.integers(3)])
+                text = spelt(concept.names[language], r) + ("", "", ".")[r.integers(3)]
+                made: np.ndarray | None = text_ids(self.mm, text)
             else:
                 made = self._media(concept, part, r)
             if made is None:
