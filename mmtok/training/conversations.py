@@ -23,6 +23,7 @@ from mmtok.datasets.shards import TokenDataset
 from mmtok.documents import Text
 from mmtok.errors import ConfigError, DataError
 from mmtok.multimodal import MultimodalTokenizer
+from mmtok.training.corpus import split_of
 
 FIRST = "en"  # the language that a part has which names none
 ARTICLES = ("a", "an", "the", "some", "un", "une", "le", "la", "les", "des")
@@ -71,7 +72,8 @@ def concepts(data: TokenDataset, mm: MultimodalTokenizer, voices: Mapping[str, s
     modality = [t.modality for t in mm.registry.tokenizers]
     for i in range(len(data)):
         meta = data.meta(i)
-        made = Concept(meta.get("id", str(i)), meta.get("split", "train"), intent=meta.get("intent", ""))
+        name = str(meta.get("id", i))
+        made = Concept(name, meta.get("split") or split_of(name), intent=meta.get("intent", ""))
         segments = data.segments(i)
         ids = data[i]
         for start, end, tokenizer, segment, *_ in data.spans(i).tolist():
