@@ -1,4 +1,4 @@
-"""The training loop resumes to the last bit; corpora, caches and the transformer's loss are what they say."""
+"""The training loop resumes to the last bit; corpora and caches are what they say."""
 
 from __future__ import annotations
 
@@ -21,16 +21,11 @@ from torch.nn import functional as F
 
 from mmtok import media
 from mmtok.errors import CheckpointError, ConfigError, DataError
-from mmtok.grammar import Grammar
-from mmtok.registry import TokenizerSpec, VocabularyRegistry
 from mmtok.training import distributed
 from mmtok.training.corpus import bucket, digest_of, documents, items, split_of
 from mmtok.training.data import load_audio, load_images
-from mmtok.training.lm import SequenceLoss
 from mmtok.training.loop import LOG, STATE, LoopConfig, fit, prepare_torch, rng
 from mmtok.training.pictures import open_pictures
-from mmtok.transformer import Transformer, TransformerConfig
-from mmtok.transformer.packing import attention_mask, pack
 
 # --- the loop
 
@@ -406,124 +401,6 @@ def test_audio_lies_end_to_end(tmp_path):
     np.testing.assert_allclose(samples[:400] / 32767, wave[:400], atol=1e-4)
 
 
-# --- the transformer's loss
-
-
-def vocabulary() -> VocabularyRegistry:
-    registry = VocabularyRegistry.create(
-        [
-            TokenizerSpec("words", "text", (40,), "t"),
-            TokenizerSpec("pictures", "image", (12,), "i", 4, {"downsample": 8}),
-            TokenizerSpec("sounds", "audio", (10, 9, 8), "a", 0, {"sample_rate": 8000, "hop": 80}),
-        ],
-        max_grid=4,
-    )
-    return registry.extend([TokenizerSpec("more", "audio", (5, 4), "b", 0, {"sample_rate": 8000, "hop": 80})])
-
-
-@pytest.mark.parametrize("weight", [1.0, 3.0])
-def test_sequence_loss_is_the_plain_one(weight):
-    registry = vocabulary()
-    grammar = Grammar(registry)
-    r = np.random.default_rng(0)
-
-    def document():
-        parts = [
-            grammar.segment_ids("words", r.integers(0, 40, r.integers(1, 5))),
-            grammar.segment_ids("pictures", r.integers(0, 12, (2, r.integers(1, 4)))),
-            grammar.segment_ids("sounds", np.stack([r.integers(0, s, 2) for s in (10, 9, 8)])),
-            grammar.segment_ids("more", np.stack([r.integers(0, s, 3) for s in (5, 4)])),
-            grammar.segment_ids("sounds", np.zeros((3, 0), np.int64)),
-        ]
-        order = r.permutation(len(parts))
-        question, answer = parts[order[0]], np.concatenate([parts[i] for i in order[1:]])
-        ids = np.concatenate([[registry.bos, registry.user], question, [registry.assistant], answer, [registry.eos]])
-        grammar.spans(ids)
-        return ids, len(question) + 3
-
-    made = [document() for _ in range(5)]
-    ids, documents, positions = (torch.from_numpy(x) for x in pack([d for d, _ in made], 70, registry.pad))
-    starts = torch.tensor([*(s for _, s in made), 0])
-    answer = (positions >= starts[documents]) & (documents >= 0)
-    torch.manual_seed(0)
-    model = Transformer(TransformerConfig(registry.padded_size, 16, 32, 1, 2, 1, 8, max_position_embeddings=128))
-    with torch.no_grad():
-        model.model.embed_tokens.weight.mul_(20)
-    value, parts = SequenceLoss(grammar, {"text": weight})(model, ids, documents, positions, answer)
-
-    # The plain twin: one token after another, all logits, -inf where the id is not of the target's group.
-    def group(target):
-        block = next(b for b in registry.blocks if b.start <= target < b.start + b.size)
-        for name in ("sounds", "more"):
-            if target == registry.closing(name):
-                block = registry.blocks_of(name)[0]
-        if block.modality in ("control", "text", "grid"):
-            chosen = [b for b in registry.blocks if b.modality in ("control", "text", "grid")]
-            return "text", {i for b in chosen for i in range(b.start, b.start + b.size)}
-        members = set(range(block.start, block.start + block.size))
-        if block.modality == "audio" and block.codebook == 0:
-            members.add(registry.closing(block.tokenizer))
-        return block.name, members
-
-    closings = {registry.closing("pictures")}
-    losses: dict[str, list[float]] = {}
-    with torch.no_grad():
-        logits = model(ids, positions, attention_mask(documents))
-        for row in range(len(ids)):
-            for t in range(1, ids.shape[1]):
-                target = int(ids[row, t])
-                if not answer[row, t] or documents[row, t] != documents[row, t - 1] or target in closings:
-                    continue
-                name, members = group(target)
-                keep = torch.zeros(registry.padded_size, dtype=torch.bool)
-                keep[list(members)] = True
-                score = logits[row, t - 1].double().masked_fill(~keep, -torch.inf)
-                losses.setdefault(name, []).append(float(torch.logsumexp(score, 0) - score[target]))
-    flat = [(x, weight if name == "text" else 1.0) for name, xs in losses.items() for x in xs]
-    assert abs(value.item() - sum(x * w for x, w in flat) / sum(w for _, w in flat)) < 1e-5
-    assert parts.keys() == losses.keys()
-    assert len(parts) == 2 + 3 + 2
-    for name, xs in losses.items():
-        assert abs(parts[name] - np.mean(xs)) < 1e-5
-    value.backward()
-    assert torch.isfinite(model.model.embed_tokens.weight.grad).all()
-
-
-@pytest.mark.parametrize("layout", ["interleaved", "codebook-major", "delayed:0,1,2", "delayed:2,1,1", "delayed:1,1,1"])
-def test_all_that_may_stand_in_place_of_a_code_competes_with_it(layout):
-    registry = VocabularyRegistry.create([TokenizerSpec("sounds", "audio", (4, 3, 2), "a", layout=layout)], max_grid=2)
-    grammar = Grammar(registry)
-    loss = SequenceLoss(grammar)
-    for frames in (0, 1, 4):
-        sound = grammar.segment_ids("sounds", np.stack([np.arange(frames) % size for size in (4, 3, 2)]))
-        ids = np.concatenate([[registry.bos], sound, [registry.eos]])
-        for t in range(2, len(ids) - 1):
-            target, may_be = int(ids[t]), grammar.mask(grammar.resume([ids[:t]]))[0].nonzero()[:, 0].tolist()
-            assert grammar.loss_mask(ids)[t] == (len(may_be) > 1)
-            if len(may_be) > 1:
-                group = int(loss.group[target])
-                assert loss.names[group].startswith("audio.")
-                assert set(may_be) <= set(loss.columns[group].tolist())
-                assert int(loss.place[target]) >= 0
-
-
-def test_loss_without_targets_is_zero_and_differentiable():
-    registry = vocabulary()
-    model = Transformer(TransformerConfig(registry.padded_size, 8, 8, 1, 1, 1, 8))
-    ids = torch.full((1, 4), registry.pad)
-    value, parts = SequenceLoss(Grammar(registry))(
-        model, ids, torch.full((1, 4), -1), torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, 4, dtype=torch.bool)
-    )
-    assert value.item() == 0
-    assert parts == {}
-    value.backward()
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    train(Path(sys.argv[1]), die_at=4, die=lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
 def test_files_of_one_stem_are_one_document(tmp_path: Path) -> None:
     (tmp_path / "farm").mkdir()
     (tmp_path / "farm" / "cow.txt").write_text("a cow", encoding="utf-8")
@@ -538,3 +415,8 @@ def test_files_of_one_stem_are_one_document(tmp_path: Path) -> None:
     assert next(s["text"] for s in cow["segments"] if s["type"] == "text") == "a cow"
     assert [s["type"] for s in hen["segments"]] == ["image"]
     assert [d["id"] for d in documents(tmp_path, ("audio",))] == ["farm/cow"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    train(Path(sys.argv[1]), die_at=4, die=lambda: os.kill(os.getpid(), signal.SIGKILL))

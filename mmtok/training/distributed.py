@@ -2,9 +2,10 @@
 
     torchrun --standalone --nproc-per-node 2 recipes/image.py ...
 
-Gradients go through one all-reduce after the backward pass rather than through DistributedDataParallel: what is
-trained here is small, a training step may use several networks or, before the critic's start, not all of them, and
-every rank does the same arithmetic in the same order. Codebooks reduce their own statistics (``mmtok.codebook``).
+Each rank holds the whole model (``mmtok.training.sharding`` has the other way). Gradients go through one all-reduce
+after the backward pass rather than through DistributedDataParallel: what is trained here is small, a training step may
+use several networks or, before the critic's start, not all of them, and every rank does the same arithmetic in the same
+order. Codebooks reduce their own statistics (``mmtok.codebook``).
 """
 
 from __future__ import annotations

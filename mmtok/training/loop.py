@@ -3,43 +3,35 @@
 Everything that the next step depends on is in the checkpoint: weights, buffers, optimizer state, the random
 generator of torch and the step. Batches are drawn from (seed, step), never from a running iterator. A run that was
 killed and resumed therefore continues to the last bit as if it had not been. Under torchrun the ranks share each batch
-(``mmtok.training.distributed``); rank 0 evaluates, logs and saves.
+(``mmtok.training.distributed``, or of the model, ``mmtok.training.sharding``); rank 0 evaluates, logs and saves.
 """
 
 from __future__ import annotations
 
 import ctypes
-import json
 import sys
-import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from mmtok.checkpoints import atomic_write
 from mmtok.errors import ConfigError, DataError
-from mmtok.media import write_audio, write_image
 from mmtok.training import distributed
 from mmtok.training.averaging import Average
+from mmtok.training.journal import LOG as LOG
+from mmtok.training.journal import Journal
+from mmtok.training.journal import Metrics as Metrics
+from mmtok.training.journal import Pictures as Pictures
+from mmtok.training.journal import Sounds as Sounds
 from mmtok.training.optimizers import optimizer_for
 from mmtok.training.schedule import LoopConfig as LoopConfig
 from mmtok.training.schedule import rng as rng
+from mmtok.training.sharding import Shards, whole
 from mmtok.training.state import STATE as STATE
 from mmtok.training.state import load_state, save_state
-
-LOG = "metrics.jsonl"
-HEARTBEAT_S = 30.0  # where the progress bar cannot be drawn, in a log file, a line this often
-
-Metrics = dict[str, float]
-Pictures = dict[str, np.ndarray]
-Sounds = dict[str, tuple[np.ndarray, int]]
 
 
 def prepare_torch(config: LoopConfig) -> torch.device:
@@ -102,28 +94,14 @@ def fit(
         DataError: the loss is not finite.
     """
     device = next(model.parameters()).device
+    shards = Shards(model) if config.parallel == "fsdp" and distributed.world() > 1 else None
     optimizer = optimizer_for(model, config)
-    run.mkdir(parents=True, exist_ok=True)
     average = Average(model, config.ema) if config.ema else None
+    run.mkdir(parents=True, exist_ok=True)
     step = load_state(model, optimizer, config, run, settings, average)
     distributed.wait()  # until every rank has read the state, before one writes
     chief = distributed.rank() == 0
-    if chief:
-        # A run that was killed after logging but before saving has lines from the future: drop them.
-        log = [x for x in _read_log(run / LOG) if x["step"] <= step]
-        atomic_write(run / LOG, "".join(json.dumps(x) + "\n" for x in log).encode())
-    board = _tensorboard(run) if chief else None
-    console = Console(stderr=True, quiet=not chief)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, TextColumn("{task.fields[live]}"), console=console) as progress:
-        bar = progress.add_task(description, total=config.steps, completed=step, live="")
-        started, shown, spoken = time.monotonic(), step, time.monotonic()
+    with Journal(run, step, config.steps, description) if chief else nullcontext() as journal:
         while step < config.steps:
             model.train()
             model.zero_grad(set_to_none=True)  # of frozen parts too: an earlier stage may have left theirs
@@ -138,47 +116,34 @@ def fit(
                 (value / config.accumulate).backward()
                 lives.append(live)
             live = _mean(lives)
-            distributed.average_gradients(model)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+            if shards is None:  # else they are averaged in the backward pass
+                distributed.average_gradients(model)
+            norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.clip))
             optimizer.step(config.lr_at(step))
             step += 1
             if average is not None:
                 average.update(step)
-            text = " ".join(f"{k} {v:.4g}" for k, v in {**live, "grad": float(norm)}.items())
-            progress.update(bar, completed=step, live=text)
-            if not console.is_terminal and time.monotonic() - spoken > HEARTBEAT_S:
-                spoken = time.monotonic()
-                console.print(f"step {step} of {config.steps}: {text}", soft_wrap=True)
+            if journal:
+                journal.show(step, {**live, "grad": float(norm)})
             last = step == config.steps
-            if (step % config.eval_every == 0 or last) and chief:
-                pace = (step - shown) / max(1e-9, time.monotonic() - started)
+            if step % config.eval_every == 0 or last:
                 model.eval()
-                with torch.no_grad(), average.applied() if average else nullcontext():
-                    metrics, pictures, sounds = _all(evaluate(step))
-                line = {"step": step, "lr": config.lr_at(step - 1), "steps_per_s": round(pace, 3), **live, **metrics}
-                with (run / LOG).open("a", encoding="utf-8") as f:
-                    f.write(json.dumps(line) + "\n")
-                if board is not None:
-                    for key, figure in line.items():
-                        board.add_scalar(key, figure, step)
-                for name, picture in pictures.items():
-                    write_image(run / "samples" / f"{step:06}{name and '-'}{name}.png", picture)
-                    if board is not None:
-                        board.add_image(name or "samples", picture, step)
-                for name, (samples, rate) in sounds.items():
-                    write_audio(run / "samples" / f"{step:06}-{name}.wav", samples, rate)
-                    if board is not None:
-                        board.add_audio(name, samples.mean(0, keepdims=True), step, rate)
-                console.print(f"step {step}: " + ", ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
-                started, shown = time.monotonic(), step
+                with (
+                    torch.no_grad(),
+                    average.applied() if average else nullcontext(),
+                    shards.gathered() if shards else nullcontext(),
+                ):
+                    if journal:
+                        line = {"step": step, "lr": config.lr_at(step - 1), "steps_per_s": round(journal.pace(step), 3)}
+                        metrics, pictures, sounds = _all(evaluate(step))
+                        journal.enter({**line, **live, **metrics}, pictures, sounds)
             if step % config.save_every == 0 or last:
-                if chief:
-                    save_state(model, optimizer, config, run, step, settings, average)
+                save_state(model, optimizer, config, run, step, settings, average)
                 distributed.wait()
     if average is not None:
         average.apply()
-    if board is not None:
-        board.close()
+    if shards is not None:
+        shards.gather()
     model.eval()
 
 
@@ -197,23 +162,3 @@ def _all(
     if not isinstance(evaluated, tuple):
         return evaluated, {}, {}
     return evaluated if len(evaluated) == 3 else (*evaluated, {})
-
-
-def _read_log(path: Path) -> list[dict[str, float]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    out = []
-    for line in lines:
-        try:
-            out.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # the line that was being written when the process was killed
-    return out
-
-
-def _tensorboard(run: Path):  # type: ignore[no-untyped-def]
-    """A TensorBoard writer where the package is installed, else None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(run / "tensorboard"))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mmtok.errors import ConfigError
 from mmtok.training.schedule import LoopConfig
+from mmtok.training.sharding import part_as
 
 BETAS = (0.9, 0.95)
 ENTRIES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
@@ -64,7 +65,7 @@ class Joint:
                 if entries.keys() != ENTRIES[type(part)] or any(entries[m].shape != p.shape for m in moments):
                     raise ConfigError(f"the optimizer's state of {name} does not fit the model")
                 for m in moments:  # as their parameter lies in memory (channels last): same kernels
-                    entries[m] = torch.empty_like(p).copy_(entries[m])
+                    entries[m] = torch.empty_like(p).copy_(part_as(entries[m], p))
                 taken[mine[p]] = entries
             part.load_state_dict({"state": taken, "param_groups": part.state_dict()["param_groups"]})
         if by_name:

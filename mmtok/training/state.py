@@ -16,7 +16,9 @@ from mmtok.checkpoints import atomic_write, load_strict, load_tensors, tensors_t
 from mmtok.config import Config
 from mmtok.errors import CheckpointError, ConfigError
 from mmtok.training.averaging import Average
+from mmtok.training.distributed import rank
 from mmtok.training.optimizers import Joint
+from mmtok.training.sharding import part_as, whole
 
 STATE = "state.safetensors"
 # A run may be shortened or extended on purpose, and go on with more ranks or fewer.
@@ -32,11 +34,14 @@ def save_state(
     settings: Mapping[str, Any],
     average: Average | None = None,
 ) -> None:
-    """Write everything that the next step depends on, atomically."""
+    """Write everything that the next step depends on, atomically: all ranks gather it, rank 0 writes."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
     tensors |= {f"optimizer.{k}": v for k, v in optimizer.state(model).items()}
     if average is not None:
         tensors |= {f"average.{k}": v for k, v in average.tensors.items()}
+    tensors = {k: whole(v) for k, v in tensors.items()}
+    if rank():
+        return
     tensors["rng"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
@@ -84,13 +89,14 @@ def load_state(
     def of(part: str) -> dict[str, Tensor]:
         return {k.removeprefix(part): v for k, v in tensors.items() if k.startswith(part)}
 
-    load_strict(model, of("model."), str(path))
+    have = model.state_dict()
+    load_strict(model, {k: part_as(v, have.get(k, v)) for k, v in of("model.").items()}, str(path))
     if average is not None:
         kept = of("average.")
         if kept.keys() != average.tensors.keys() or any(kept[k].shape != v.shape for k, v in average.tensors.items()):
             raise CheckpointError(f"{path}: the averaged weights do not fit the model; remove it to start anew")
         for k, v in average.tensors.items():  # as it lies in memory
-            v.copy_(kept[k])
+            v.copy_(part_as(kept[k], v))
     try:
         optimizer.load(model, of("optimizer."))
     except ConfigError as error:
