@@ -4,7 +4,7 @@
     for name in trimodal phrases questions; do
         mmtok dataset build data/$name.jsonl -o runs/tokens/$name --model runs/vocabulary --image-size 64
     done
-    python recipes/any_to_any.py --data runs/tokens/trimodal:3 runs/tokens/phrases:1 runs/tokens/questions \
+    python recipes/any_to_any.py --data runs/tokens/trimodal runs/tokens/phrases runs/tokens/questions \
         --vocabulary runs/vocabulary --out runs/any-to-any
 
 --data are datasets as `mmtok dataset build` leaves them, each with how often its documents are drawn (1 where nothing
@@ -38,20 +38,20 @@ from mmtok.transformer.packing import pack
 
 LENGTH = 512  # ids in a row of the batch
 # Share of exchanges whose answer is read with wrong codes only, and with some wrong codes.
-BLIND, NOISY = 0.35, 0.3
+BLIND, NOISY = 0.25, 0.35
 # Which of the data's splits are trained on, and which are looked at while training.
 SPLITS = {"train": ("train", "pair-test"), "val": ("val",)}
 
 # How often each kind of exchange is drawn: (what is asked with, what is answered).
 EXCHANGES = {
-    ("text", "image"): 14,
-    ("text", "audio"): 12,
+    ("text", "image"): 8,
+    ("text", "audio"): 20,
     ("text", "audio:fr"): 6,
     ("text", "text:fr"): 3,
     ("text", "text"): 2,
     ("text:fr", "text"): 1,
-    ("text", "image audio"): 4,
-    ("text", "audio image"): 3,
+    ("text", "image audio"): 5,
+    ("text", "audio image"): 4,
     ("image", "text"): 8,
     ("image", "text:fr"): 3,
     ("image", "audio"): 8,
@@ -60,7 +60,7 @@ EXCHANGES = {
     ("image", "text audio"): 3,
     ("audio", "text"): 7,
     ("audio", "text:fr"): 2,
-    ("audio", "image"): 14,
+    ("audio", "image"): 8,
     ("audio", "audio"): 5,
     ("audio", "audio:fr"): 3,
     ("audio", "text image"): 2,

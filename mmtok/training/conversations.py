@@ -253,9 +253,7 @@ class Conversations:
         if asks == ("text",):
             phrased = answers == ("text",) or (foreign and not answers[0].startswith("text:"))
         if intents and (phrased or r.random() >= self.bare):
-            # Spoken intents are few sentences beside many written ones.
-            share = np.array([0.4 if self.phrasings.intents[k].spoken else 1.0 for k in intents])
-            intent = intents[r.choice(len(intents), p=share / share.sum())]
+            intent = intents[r.integers(len(intents))]
             if self.phrasings.intents[intent].spoken:
                 recordings = self.spoken[intent]
                 words = recordings[r.integers(len(recordings))]
