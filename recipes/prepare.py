@@ -13,7 +13,7 @@ Leaves, under ``data/``:
     audio.jsonl         spoken names, sounds, music           -> recipes/audio.py
     text.jsonl          source code, documentation, names, and prose in about a hundred languages -> recipes/text.py
     trimodal.jsonl      picture, names and spoken names of one concept -> recipes/any_to_any.py
-    phrases.jsonl       words and short phrases, spoken          -> recipes/any_to_any.py
+    phrases.jsonl       short phrases, spoken                    -> recipes/any_to_any.py
     questions.jsonl     questions about a picture, spoken        -> recipes/any_to_any.py
 
 Every line carries its split, fixed by a hash of the path, so that it is the same on every machine.
@@ -325,16 +325,10 @@ def main() -> None:
     speak_names({k: v for k, v in names.items() if len(v) <= 80}, out / "speech-en")
     write(out / "images.jsonl", image_manifest(out, corpora))
     write(out / "audio.jsonl", audio_manifest(out, corpora))
-    texts = text_manifest(out, corpora)
-    write(out / "text.jsonl", texts)
+    write(out / "text.jsonl", text_manifest(out, corpora))
     concepts = trimodal_manifest(out, corpora, names)
     write(out / "trimodal.jsonl", concepts)
-    english = [
-        x["segments"][0]["text"]
-        for x in texts
-        if x["source"] in ("help", "messages") and x["language"] == "en" and x["split"] == "train"
-    ]
-    write(out / "phrases.jsonl", speak_phrases(phrases_of(concepts, names, english), out))
+    write(out / "phrases.jsonl", speak_phrases(phrases_of(concepts, names), out))
     write(out / "questions.jsonl", speak_questions(Path(__file__).with_name("phrasings.toml"), out))
 
 

@@ -1,7 +1,7 @@
-"""The synthetic English speech of the corpora: names, phrases around them, common words, and spoken questions.
+"""The synthetic English speech of the corpora: names, phrases around them, and spoken questions.
 
 ``speak_names``      -- the stamps' names, in four voices
-``speak_phrases``    -- words and short phrases in the voice of the answers, so that it knows more than names
+``speak_phrases``    -- short phrases in the voice of the answers, so that it knows more than names
 ``speak_questions``  -- what one may ask beside a picture, in four voices
 
 What the trimodal corpus holds out is never said: no name of `val`, `test` or `pair-test`, alone or with its article. Of
@@ -15,7 +15,6 @@ import re
 import shutil
 import subprocess
 import tomllib
-from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -28,7 +27,6 @@ from rich.progress import track
 from mmtok.training.corpus import bucket, split_of
 
 ESPEAK_VOICES = ("en-us", "en-gb+f3")
-COMMON_WORDS = 3500
 FRAMES = ("the {}", "my {}", "a big {}", "the small {}", "your old {}", "this {}", "a new {}", "the other {}")
 PHRASES = 4  # of each name
 
@@ -94,13 +92,12 @@ def said_elsewhere(concept: str) -> bool:
     return bucket(f"{concept}:elsewhere") % 2 == 0
 
 
-def phrases_of(concepts: Iterable[dict], names: dict[str, str], texts: Iterable[str]) -> list[str]:
-    """The words and phrases that are said.
+def phrases_of(concepts: Iterable[dict], names: dict[str, str]) -> list[str]:
+    """The phrases that are said: around the names of the trimodal corpus, and the names of other stamps.
 
     Args:
         concepts: the documents of the trimodal corpus, each with ``id``, ``split`` and its name as the first text.
         names: concept -> English name of all stamps.
-        texts: English prose, from which the common words are taken.
     """
     own = {c["id"]: (bare(c["segments"][0]["text"]), c["split"]) for c in concepts}
     known = {word for name, split in own.values() if split == "train" for word in name.split()}
@@ -121,10 +118,6 @@ def phrases_of(concepts: Iterable[dict], names: dict[str, str], texts: Iterable[
         if not noun.startswith("say ")
     ]
     found += dict.fromkeys(others)
-    counts = Counter(word for text in texts for word in set(re.findall(r"(?<![\w./-])[a-z]{3,12}(?![\w./-])", text)))
-    common = [w for w, n in counts.most_common(2 * COMMON_WORDS) if n >= 2]
-    found += [w for w in common if re.search("[aeiouy]", w)][:COMMON_WORDS]
-    found += sorted(known)
     held |= {bare(x) for x in held}
     allowed = (x for x in dict.fromkeys(found) if bare(x) not in held and not never & set(x.split()))
     return [x for x in allowed if re.fullmatch(r"[a-z' -]{2,30}", x)]
