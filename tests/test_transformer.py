@@ -15,7 +15,7 @@ from mmtok.errors import CheckpointError, ConfigError, SequenceError, Vocabulary
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
 from mmtok.transformer.decoder import Decoder
 from mmtok.transformer.model import Transformer, TransformerConfig
-from mmtok.transformer.packing import attention_mask, pack
+from mmtok.transformer.packing import attention_mask, block_mask, pack
 
 
 def registry(text: int = 100) -> VocabularyRegistry:
@@ -244,13 +244,15 @@ def test_a_document_longer_than_a_row_is_refused():
         pack([np.arange(3), np.arange(6)], 5)
 
 
-def test_packed_documents_do_not_see_each_other():
-    model = tiny()
-    documents = [random_ids(model, n).numpy() for n in (7, 3, 5, 9, 2)]
-    ids, document, positions = (torch.from_numpy(x) for x in pack(documents, 12))
-    mask = attention_mask(document)
-    assert mask.dtype == torch.bool
-    assert mask.shape == (len(ids), 1, 12, 12)
+@pytest.mark.parametrize("mask_of", [attention_mask, block_mask])
+@pytest.mark.parametrize(("sizes", "length"), [((7, 3, 5, 9, 2), 12), ((150, 90, 40, 200, 9), 256)])
+def test_packed_documents_do_not_see_each_other(mask_of, sizes, length):
+    """With SDPA and with flex attention, which is plain arithmetic on a CPU: its blocks are of 128 places."""
+    model = tiny(max_position_embeddings=256)
+    documents = [random_ids(model, n).numpy() for n in sizes]
+    ids, document, positions = (torch.from_numpy(x) for x in pack(documents, length))
+    mask = mask_of(document)
+    assert mask.shape == (len(ids), 1, length, length)
     with torch.no_grad():
         packed = model(ids, positions, mask)
         assert packed.isfinite().all()
