@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from generations import GRAMMAR, MODALITIES, MODEL, REGISTRY, answered, prompt, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,71 +15,9 @@ from mmtok.errors import ConfigError, SequenceError, VocabularyError, Vocabulary
 from mmtok.grammar import Grammar
 from mmtok.registry import TokenizerSpec, VocabularyRegistry
 from mmtok.transformer.decoder import Decoder
-from mmtok.transformer.generate import Generation, Request, generate
+from mmtok.transformer.generate import Request, generate
 from mmtok.transformer.model import Transformer, TransformerConfig
-from mmtok.transformer.sampling import Sampler, Sampling, uniforms
-
-REGISTRY = VocabularyRegistry.create(
-    [
-        TokenizerSpec("words", "text", (60,), "t"),
-        TokenizerSpec("pixels", "image", (32,), "i"),
-        TokenizerSpec("sound", "audio", (16, 16, 16), "a"),
-        TokenizerSpec("sketch", "image", (8,), "s"),
-    ],
-    max_grid=6,
-)
-GRAMMAR = Grammar(REGISTRY)
-MODALITIES = ("text", "image", "audio")
-
-
-def tiny(seed: int = 0, scale: float = 1.0) -> Transformer:
-    torch.manual_seed(seed)
-    config = TransformerConfig(REGISTRY.padded_size, 32, 64, 2, 2, 1, 16, max_position_embeddings=256)
-    model = Transformer(config).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.3 * scale * torch.randn_like(p))
-    return model
-
-
-MODEL = tiny()
-SEGMENTS = {
-    "text": np.array([REGISTRY.block("text").start + i for i in (5, 9, 1)]),
-    "image": GRAMMAR.segment_ids("pixels", np.arange(6).reshape(2, 3)),
-    "audio": GRAMMAR.segment_ids("sound", np.arange(12).reshape(3, 4)),
-}
-
-
-def prompt(*modalities: str) -> np.ndarray:
-    parts = [SEGMENTS[m] for m in modalities]
-    return np.concatenate([[REGISTRY.bos, REGISTRY.user], *parts, [REGISTRY.assistant]])
-
-
-def answered(generation: Generation, request: Request) -> list[str]:
-    """Check what holds of every answer; the kinds of its segments."""
-    assert generation.ids.dtype == np.int64
-    assert np.array_equal(generation.ids[: generation.prompt_length], request.prompt)
-    new = generation.new_ids
-    assert 0 < len(new) <= request.max_new_tokens
-    assert new[-1] == REGISTRY.eos
-    assert sum(generation.tokens.values()) == len(new)
-    spans = [s for s in GRAMMAR.spans(generation.ids) if s.start >= generation.prompt_length]
-    segments = [s for s in spans if s.kind != "control"]
-    assert [s.name for s in spans if s.kind == "control"] == ["<eos>"]
-    for span in segments:
-        assert GRAMMAR.segment_codes(generation.ids, span).size == np.prod(span.shape)
-        if span.kind == "image" and request.grid:
-            assert span.shape == request.grid
-        if span.kind == "audio" and request.max_frames is not None:
-            assert span.shape[1] <= request.max_frames
-        if span.kind == "audio" and request.targets:
-            assert span.shape[1] >= 1
-    kinds = [s.kind for s in segments]
-    if request.targets:
-        wanted = [REGISTRY.tokenizer(t).modality for t in request.targets]
-        assert kinds == wanted
-        assert all(REGISTRY.tokenizer(t).name == s.tokenizer for t, s in zip(request.targets, segments, strict=True))
-    return kinds
+from mmtok.transformer.sampling import Sampling
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 2.0])
@@ -180,7 +119,7 @@ def test_ids_without_a_choice_do_not_run_the_model():
     request = Request(prompt("text"), ("image",), 40, grid=(2, 3))
     stats = generate(MODEL, GRAMMAR, [request])[0].stats
     assert stats.new_tokens == 6 + 5
-    assert stats.steps == 6 - 1  # one a code; the first is the prefill
+    assert stats.steps == 6  # one a code
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
@@ -225,72 +164,6 @@ def test_a_transformer_of_another_vocabulary_is_refused(tmp_path):
     MODEL.save(tmp_path / "m", REGISTRY.to_json())
     with pytest.raises(VocabularyMismatchError, match="pixels"):
         generate(Transformer.load(tmp_path / "m"), Grammar(other), [Request(np.array([other.bos]))])
-
-
-# --- sampling
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [({"temperature": -1.0}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 0.0}, "top_p")],
-)
-def test_impossible_settings_are_refused(values, words):
-    with pytest.raises(ConfigError, match=words):
-        Sampling(**values)
-    with pytest.raises(ConfigError, match="video"):
-        Sampler({"video": Sampling()})
-
-
-def draw(logits: torch.Tensor, sampler: Sampler, n: int = 40000) -> np.ndarray:
-    """Frequencies of n draws from one row of logits in which everything but id 0 is allowed."""
-    rows = logits.expand(n, -1)
-    mask = torch.ones_like(rows, dtype=torch.bool)
-    mask[:, 0] = False
-    ids = sampler(rows, mask, torch.zeros(n, dtype=torch.int64), uniforms(5, [0], n)[0])
-    return np.bincount(ids.numpy(), minlength=logits.shape[-1]) / n
-
-
-def test_sampling_follows_the_distribution():
-    logits = torch.tensor([9.0, 1.0, 0.0, -1.0, 0.5, -30.0])
-    for temperature in (0.5, 1.0, 3.0):
-        expected = torch.softmax(logits[1:] / temperature, -1).numpy()
-        got = draw(logits, Sampler(Sampling(temperature)))
-        assert got[0] == 0
-        assert np.abs(got[1:] - expected).max() < 0.01
-    # of 0.486, 0.295, 0.179, 0.041 top-p 0.7 needs two and top-k 3 three
-    for sampling, kept in ((Sampling(top_k=3), [1, 2, 4]), (Sampling(top_p=0.7), [1, 4]), (Sampling(0.0), [1])):
-        got = draw(logits, Sampler(sampling))
-        expected = torch.softmax(logits[kept], -1).numpy()
-        assert np.flatnonzero(got).tolist() == kept
-        assert np.abs(got[kept] - expected).max() < 0.01
-
-
-def test_settings_are_of_the_modality_of_the_row():
-    sampler = Sampler({"text": Sampling(0.0), "image": Sampling(100.0), "audio": Sampling(1.0, top_k=1)})
-    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)).expand(300, -1)
-    modality = torch.arange(300) % 3
-    ids = sampler(logits, torch.ones_like(logits, dtype=torch.bool), modality, uniforms(1, [0], 300)[0])
-    best = int(logits[0].argmax())
-    assert set(ids[modality == 0].tolist()) == set(ids[modality == 2].tolist()) == {best}
-    assert len(set(ids[modality == 1].tolist())) > 30
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    values=st.lists(st.floats(width=32) | st.just(0.0), min_size=2, max_size=12),
-    data=st.data(),
-    temperature=st.sampled_from([0.0, 1e-9, 1.0, 1e9]),
-    u=st.sampled_from([0.0, 0.5, float(np.float32(1 - 2**-24))]),
-)
-def test_only_allowed_ids_are_chosen_whatever_the_scores(values, data, temperature, u):
-    mask = torch.tensor([data.draw(st.lists(st.booleans(), min_size=len(values), max_size=len(values)))])
-    mask[0, data.draw(st.integers(0, len(values) - 1))] = True
-    sampling = Sampling(
-        temperature, top_k=data.draw(st.integers(0, 3)), top_p=data.draw(st.sampled_from([1e-9, 0.5, 1]))
-    )
-    row = torch.zeros(1, dtype=torch.int64)
-    (chosen,) = Sampler(sampling)(torch.tensor([values]), mask, row, torch.tensor([u])).tolist()
-    assert mask[0, chosen]
 
 
 def test_requests_are_checked_before_anything_is_computed():

@@ -68,7 +68,8 @@ class KVCache:
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, heads, count, head_dim] of one layer after ``begin``; returns all that is in use, as views."""
-        all_keys, all_values = self._keys[layer], self._values[layer]
+        rows = len(self.lengths)
+        all_keys, all_values = self._keys[layer, :rows], self._values[layer, :rows]
         if self._rows is None:
             start = self._end - keys.shape[2]
             all_keys[:, :, start : self._end] = keys
@@ -87,7 +88,28 @@ class KVCache:
         self.lengths = list(lengths)
 
     def select(self, rows: Sequence[int]) -> None:
-        """Keep only these rows, in this order: finished ones need not be computed further."""
+        """Keep only these rows, in this order: finished ones need not be computed further. A row may come twice."""
         index = torch.tensor(list(rows), device=self._slots.device)
         self._keys, self._values = self._keys.index_select(1, index), self._values.index_select(1, index)
         self.lengths = [self.lengths[r] for r in rows]
+
+    def join(self, other: KVCache) -> None:
+        """Append the rows of another cache of the same model, of no more slots than this one.
+
+        Room is made for as many rows again, so that rows that come one by one are not each paid for with a copy.
+        """
+        have, slots = len(self.lengths), other.capacity
+        self.lengths = self.lengths + other.lengths
+        rows = len(self.lengths)
+        if rows > self._keys.shape[1]:
+            self._keys, self._values = (_widened(x, have, max(rows, 2 * have)) for x in (self._keys, self._values))
+        count = len(other.lengths)
+        self._keys[:, have:rows, :, :slots] = other._keys[:, :count]
+        self._values[:, have:rows, :, :slots] = other._values[:, :count]
+
+
+def _widened(x: Tensor, have: int, rows: int) -> Tensor:
+    """[L, R, ...] with so many rows, of which the first ``have`` are those of ``x``."""
+    out = x.new_zeros(x.shape[0], rows, *x.shape[2:])
+    out[:, :have] = x[:, :have]
+    return out

@@ -1,121 +1,75 @@
 """Grammar-constrained generation: whatever the weights, every result is a document that decodes.
 
-Request    -- a prompt and what the answer must contain
 generate   -- requests of any lengths and targets in one batch -> one Generation each
-Stats      -- what the batch cost, beside the limits of the machine
+Run        -- the same step by step, for streams
 
-The grammar's mask knows the segments asked for and the tokens left. Only the columns of the output projection that some
-row may take are multiplied, and runs of ids that leave no choice skip the model: they are fed together with the next id
-that does.
+The grammar's mask knows the segments asked for and the tokens left. Only the blocks of the vocabulary that some row may
+take are multiplied, and runs of ids that leave no choice skip the model: they are fed together with the next id that
+does. Prompts that several rows share are run once.
+
+A row with guidance gets a twin when its first image or sound opens: the same answer to the prompt without its question.
+Twins are rows like others, so that one run of the model serves both.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mmtok.blocks import is_int
 from mmtok.errors import ConfigError, SequenceError
 from mmtok.grammar import Grammar, GrammarState, Restriction, Restrictions
+from mmtok.registry import VocabularyRegistry
 from mmtok.transformer.cache import KVCache
+from mmtok.transformer.columns import Vocabulary
 from mmtok.transformer.decoder import Decoder
 from mmtok.transformer.model import Transformer
+from mmtok.transformer.requests import Generation as Generation
+from mmtok.transformer.requests import Request as Request
+from mmtok.transformer.requests import Stats as Stats
 from mmtok.transformer.sampling import Sampler, Sampling, uniforms
 
 DEFAULT = Sampling()
 
 
-@dataclass(frozen=True)
-class Request:
-    """One answer to generate.
+def generate(
+    model: Transformer | Decoder,
+    grammar: Grammar,
+    requests: Sequence[Request],
+    sampling: Sampling | Mapping[str, Sampling] = DEFAULT,
+    seed: int = 0,
+    on_token: Callable[[int, int], None] | None = None,
+) -> list[Generation]:
+    """Answer requests of any lengths and targets in one batch.
 
-    Attributes:
-        prompt: integers [n], from <bos> to a point between segments where the answer begins: ``<bos> <user> ...
-            <assistant>``.
-        targets: the segments of the answer, in order: modalities, or names of tokenizers. Empty: the model chooses.
-        max_new_tokens: most ids after the prompt, the final <eos> included.
-        grid: exact image size (h, w) in codes; None: the model chooses.
-        max_frames: largest length of an audio segment, in frames.
-        sample: with the seed this gives the row its chance; number them to get several answers to one prompt.
+    A row's answer depends on its request, the sampling and the seed, not on the other rows.
+
+    Args:
+        model: a transformer over the grammar's vocabulary. A ``Decoder`` saves copying the weights at each call.
+        grammar: of the registry that the transformer was trained with.
+        requests: what to answer.
+        sampling: for everything, or for each of "text", "image", "audio"; text settings also choose between segments.
+        seed: any integer; equal seeds give equal answers.
+        on_token: called with (index of the request, id) as each new id is known.
+
+    Raises:
+        ConfigError: the tokens allowed cannot hold the targets, prompt and answer outgrow the positions, or guidance
+            for text.
+        SequenceError: a prompt that is not valid up to a point between segments.
+        VocabularyError: an id or a target that is not in the vocabulary; transformer and grammar that do not fit.
     """
-
-    prompt: np.ndarray
-    targets: tuple[str, ...] = ()
-    max_new_tokens: int = 512
-    grid: tuple[int, int] | None = None
-    max_frames: int | None = None
-    sample: int = 0
-
-    def __post_init__(self) -> None:
-        if isinstance(self.targets, str):
-            raise ConfigError(f"targets {self.targets!r}, expected a tuple of modalities or tokenizers")
-        for name, value in (("max_new_tokens", self.max_new_tokens), ("sample", self.sample)):
-            if not is_int(value) or value < 0:
-                raise ConfigError(f"{name} is {value!r}, expected a whole number from 0 up")
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a call of ``generate`` cost, all rows together.
-
-    Attributes:
-        new_tokens: ids after the prompts.
-        prompt_tokens: ids of the prompts.
-        steps: runs of the model after the first.
-        prefill_seconds: until the first run has seen the prompts.
-        decode_seconds: the rest.
-        weight_bytes: read by these ``steps``.
-        flops: of the matrix products with weights in these ``steps``.
-    """
-
-    new_tokens: int
-    prompt_tokens: int
-    steps: int
-    prefill_seconds: float
-    decode_seconds: float
-    weight_bytes: int
-    flops: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        """New ids per second of decoding."""
-        return self.new_tokens / max(self.decode_seconds, 1e-9)
-
-    def __str__(self) -> str:
-        seconds = max(self.decode_seconds, 1e-9)
-        return (
-            f"{self.new_tokens} tokens, prefill {self.prefill_seconds:.2f} s for {self.prompt_tokens}, "
-            f"decode {self.decode_seconds:.2f} s: {self.tokens_per_second:.0f} tok/s, "
-            f"{self.weight_bytes / seconds / 1e9:.1f} GB/s of weights, {self.flops / seconds / 1e9:.1f} GFLOP/s"
-        )
-
-
-@dataclass(frozen=True)
-class Generation:
-    """An answer.
-
-    Attributes:
-        ids: int64 [n], the whole document, <bos> to <eos>.
-        prompt_length: how many of the ids are the prompt.
-        tokens: how many of the new ids are of each modality: text, image, audio, grid, control.
-        stats: of the whole batch.
-    """
-
-    ids: np.ndarray
-    prompt_length: int
-    tokens: dict[str, int]
-    stats: Stats
-
-    @property
-    def new_ids(self) -> np.ndarray:
-        """int64 [m], the ids after the prompt, <eos> included."""
-        return self.ids[self.prompt_length :]
+    if not requests:
+        return []
+    run = Run(model, grammar, requests, sampling, seed)
+    while run.going:
+        for index, id in run.step():
+            if on_token is not None:
+                on_token(index, id)
+    return run.generations()
 
 
 class Rows(NamedTuple):
@@ -126,14 +80,16 @@ class Rows(NamedTuple):
     left: Tensor  # int64 [B]: ids that may still be emitted
     asked: Tensor  # bool [B]: the request names its targets
     chance: Tensor  # float [B, N]: a number for each step
+    seen: Tensor | None  # bool [B, V]: the codes that the row's segment holds, for a repetition penalty
 
     def select(self, index: Tensor) -> Rows:
         """These rows only."""
         state = GrammarState(*(x[index] for x in self.state))
-        return Rows(state, self.limits.select(index), self.left[index], self.asked[index], self.chance[index])
+        seen = None if self.seen is None else self.seen[index]
+        return Rows(state, self.limits.select(index), self.left[index], self.asked[index], self.chance[index], seen)
 
 
-def _start(grammar: Grammar, requests: Sequence[Request], seed: int, device: torch.device) -> Rows:
+def _start(grammar: Grammar, requests: Sequence[Request], seed: int, device: torch.device, penalises: bool) -> Rows:
     """The rows after their prompts; raises what ``generate`` raises of requests."""
     audio = {t.name for t in grammar.registry.tokenizers if t.modality == "audio"}
     restrictions = []
@@ -161,175 +117,222 @@ def _start(grammar: Grammar, requests: Sequence[Request], seed: int, device: tor
                 f"request {i}: max_new_tokens is {request.max_new_tokens}, expected at least {least} for {what}"
             )
     longest = max(r.max_new_tokens for r in requests)
+    seen = torch.zeros(len(requests), grammar.registry.padded_size, dtype=torch.bool, device=device)
     return Rows(
         state,
         limits,
         torch.tensor([r.max_new_tokens for r in requests], device=device),
         torch.tensor([bool(r.targets) for r in requests], device=device),
         uniforms(seed, [r.sample for r in requests], longest).to(device),
+        seen if penalises else None,
     )
 
 
-def generate(
-    model: Transformer | Decoder,
-    grammar: Grammar,
-    requests: Sequence[Request],
-    sampling: Sampling | Mapping[str, Sampling] = DEFAULT,
-    seed: int = 0,
-    on_token: Callable[[int, int], None] | None = None,
-) -> list[Generation]:
-    """Answer requests of any lengths and targets in one batch.
+def without_question(registry: VocabularyRegistry, prompt: np.ndarray) -> list[int]:
+    """The prompt that guidance compares with: the last question is empty, what went before stays.
 
-    A row's answer depends on its request, the sampling and the seed, not on the other rows.
-
-    Args:
-        model: a transformer over the grammar's vocabulary. A ``Decoder`` saves copying the weights at each call.
-        grammar: of the registry that the transformer was trained with.
-        requests: what to answer.
-        sampling: for everything, or for each of "text", "image", "audio"; text settings also choose between segments.
-        seed: any integer; equal seeds give equal answers.
-        on_token: called with (index of the request, id) as each new id is known.
-
-    Raises:
-        ConfigError: the tokens allowed cannot hold the targets, or prompt and answer outgrow the positions.
-        SequenceError: a prompt that is not valid up to a point between segments.
-        VocabularyError: an id or a target that is not in the vocabulary; transformer and grammar that do not fit.
+    That is everything up to the last <user>, and <assistant>; of a prompt without a <user>, <bos> alone.
     """
-    if not requests:
-        return []
-    started = time.perf_counter()
-    with torch.inference_mode():
-        decoder = model if isinstance(model, Decoder) else Decoder(model, model.head_weight.dtype)
-        decoder.check_vocabulary(grammar.registry)
-        run = _Run(decoder, grammar, requests, Sampler(sampling, decoder.device), seed)
-        answers = run.finish(on_token)
-        stats = run.stats(started, time.perf_counter())
-    out = []
-    for request, answer in zip(requests, answers, strict=True):
-        ids = np.concatenate([np.asarray(request.prompt, np.int64), np.array(answer, np.int64)])
-        blocks = grammar.registry.split(ids[len(request.prompt) :])[0]
-        counts = dict.fromkeys((b.modality for b in grammar.registry.blocks), 0)
-        for index, n in zip(*np.unique(blocks, return_counts=True), strict=True):
-            counts[grammar.registry.blocks[index].modality] += int(n)
-        out.append(Generation(ids, len(request.prompt), counts, stats))
-    return out
+    users = np.flatnonzero(prompt == registry.user)
+    return [*prompt[: users[-1] + 1].tolist(), registry.assistant] if len(users) else [registry.bos]
 
 
-class _Run:
-    """One call of ``generate``."""
+class Run:
+    """One batch, step by step; arguments and errors as of ``generate``.
 
+    Attributes:
+        going: some row has not ended.
+    """
+
+    @torch.inference_mode()
     def __init__(
-        self, decoder: Decoder, grammar: Grammar, requests: Sequence[Request], sampler: Sampler, seed: int
+        self,
+        model: Transformer | Decoder,
+        grammar: Grammar,
+        requests: Sequence[Request],
+        sampling: Sampling | Mapping[str, Sampling] = DEFAULT,
+        seed: int = 0,
     ) -> None:
-        self.decoder, self.grammar, self.sampler = decoder, grammar, sampler
-        registry = grammar.registry
+        self._started = time.perf_counter()
+        self._decoder = model if isinstance(model, Decoder) else Decoder(model, model.head_weight.dtype)
+        self._decoder.check_vocabulary(grammar.registry)
+        self._grammar, self._requests, device, registry = (
+            grammar,
+            list(requests),
+            self._decoder.device,
+            grammar.registry,
+        )
+        self._sampler = Sampler(sampling, device)
+        prompts = [np.asarray(r.prompt) for r in requests]
+        self._unasked = [without_question(registry, p) for p in prompts] if self._sampler.guides else []
+        longest = [*map(len, prompts), *map(len, self._unasked)]
         # Finished rows are parked at slot 0, so no row needs more than its own prompt and answer.
-        self.capacity = max(len(r.prompt) + r.max_new_tokens for r in requests)
-        self.cache: KVCache = decoder.new_cache(len(requests), self.capacity)
-        self.rows = _start(grammar, requests, seed, decoder.device)
+        most = [r.max_new_tokens for r in requests] * (2 if self._unasked else 1)
+        capacity = max(n + m for n, m in zip(longest, most, strict=True))
+        self._decoder.check_capacity(capacity)
+        self._rows = _start(grammar, requests, seed, device, self._sampler.penalises)
+        self._vocabulary = Vocabulary(registry, device)
         openings = [registry.opening(t.name) for t in registry.tokenizers if t.modality != "text"]
-        leave = torch.zeros(registry.padded_size, dtype=torch.bool)
-        leave[[registry.eos, *openings]] = True
-        self.leave = leave.to(decoder.device)  # the ids that end a text
-        self.live = list(range(len(requests)))  # the request of each row
-        self.pending = [np.asarray(r.prompt).tolist() for r in requests]  # ids that the model has not seen
-        self.answers: list[list[int]] = [[] for _ in requests]
-        self.control = registry.blocks[0].end
-        self.prompt_tokens = sum(len(p) for p in self.pending)
-        self.prefilled = 0.0
-        self.runs = self.bytes = self.flops = 0
+        self._leave = torch.zeros(registry.padded_size, dtype=torch.bool)
+        self._leave[[registry.eos, *openings]] = True
+        self._leave = self._leave.to(device)  # the ids that end a text
+        self._live = list(range(len(requests)))  # the request of each row
+        self._done = [False] * len(requests)
+        self._twins: list[int] = []  # the row of each twin; twins stand behind all rows in the cache
+        self._answers: list[list[int]] = [[] for _ in requests]
+        self._steps = self._step = self._bytes = self._flops = 0
+        self._cache = self._prefill([p[:-1].tolist() for p in prompts], capacity)
+        self._pending = [p[-1:].tolist() for p in prompts]  # ids that the model has not seen, of rows and twins
+        self._prefilled = self._ended = time.perf_counter()
 
-    def finish(self, on_token: Callable[[int, int], None] | None) -> list[list[int]]:
-        """Step until every row has ended; the new ids of each request."""
-        step = 0
-        done = [False] * len(self.live)
-        while not all(done):
-            ids = self._step(step)
-            step += 1
-            rows = self.rows
-            self.rows = rows._replace(state=self.grammar.advance(rows.state, ids), left=rows.left - 1)
-            ended = self.rows.state.done.tolist()
-            for slot, id in enumerate(ids.tolist()):
-                self.pending[slot].append(id)
-                if not done[slot]:
-                    self.answers[self.live[slot]].append(id)
-                    if on_token is not None:
-                        on_token(self.live[slot], id)
-            done = self._shrink(ended)
-        return self.answers
+    @property
+    def going(self) -> bool:
+        """Some row has not ended."""
+        return not all(self._done)
 
-    def _step(self, step: int) -> Tensor:
+    @torch.inference_mode()
+    def step(self) -> list[tuple[int, int]]:
+        """One more id in each row that has not ended: (index of the request, id)."""
+        rows, before = self._rows, self._done
+        ids = self._next()
+        self._step += 1
+        state = self._grammar.advance(rows.state, ids)
+        if rows.seen is not None:
+            rows.seen.logical_and_((state.stage == rows.state.stage)[:, None])
+            rows.seen[torch.arange(len(ids), device=ids.device), ids] = self._vocabulary.content[ids]
+        self._rows = rows._replace(state=state, left=rows.left - 1)
+        out = []
+        chosen = ids.tolist()
+        for slot, id in enumerate(chosen):
+            if not before[slot]:
+                self._answers[self._live[slot]].append(id)
+                out.append((self._live[slot], id))
+        for pending, slot in zip(self._pending, (*range(len(chosen)), *self._twins), strict=True):
+            pending.append(chosen[slot])
+        self._done = state.done.tolist()
+        self._shrink()
+        self._ended = time.perf_counter()
+        return out
+
+    def generations(self) -> list[Generation]:
+        """The answers, once all rows have ended."""
+        prompts, new = sum(len(r.prompt) for r in self._requests), sum(map(len, self._answers))
+        prefill, decode = self._prefilled - self._started, self._ended - self._prefilled
+        stats = Stats(new, prompts, self._steps, prefill, decode, self._bytes, self._flops)
+        registry, out = self._grammar.registry, []
+        for request, answer in zip(self._requests, self._answers, strict=True):
+            ids = np.concatenate([np.asarray(request.prompt, np.int64), np.array(answer, np.int64)])
+            blocks = registry.split(ids[len(request.prompt) :])[0]
+            counts = dict.fromkeys((b.modality for b in registry.blocks), 0)
+            for index, n in zip(*np.unique(blocks, return_counts=True), strict=True):
+                counts[registry.blocks[index].modality] += int(n)
+            out.append(Generation(ids, len(request.prompt), counts, stats))
+        return out
+
+    def _next(self) -> Tensor:
         """int64 [B]: the next id of each row."""
-        rows, grammar = self.rows, self.grammar
+        rows, grammar = self._rows, self._grammar
         mask = grammar.mask(rows.state, rows.left, rows.limits)
         may_leave = rows.asked & grammar.in_text(rows.state)
         if not may_leave.any():
-            return self._choose(mask, step)
+            return self._choose(mask)
         # Whatever the model would end a text with, the answer goes on with what was asked for.
-        goes_on = mask & self.leave
-        may_leave &= goes_on.any(-1) & (mask & ~self.leave).any(-1)
-        ids = self._choose(mask | (self.leave & may_leave[:, None]), step)
-        return torch.where(may_leave & self.leave[ids], goes_on.byte().argmax(-1), ids)
+        goes_on = mask & self._leave
+        may_leave &= goes_on.any(-1) & (mask & ~self._leave).any(-1)
+        ids = self._choose(mask | (self._leave & may_leave[:, None]))
+        return torch.where(may_leave & self._leave[ids], goes_on.byte().argmax(-1), ids)
 
-    def _choose(self, mask: Tensor, step: int) -> Tensor:
-        """int64 [B]: one of the ids in each row of the mask."""
-        columns = mask.any(0).nonzero()[:, 0]
-        if len(columns) == 1 or bool((mask.sum(-1) == 1).all()):
-            return mask.byte().argmax(-1)
+    def _choose(self, mask: Tensor) -> Tensor:
+        """int64 [B]: one of the ids in each row of the mask, bool [B, V]."""
+        vocabulary, rows = self._vocabulary, self._rows
+        allowed = mask[:, vocabulary.probes]
+        choice = (allowed * vocabulary.sizes).sum(-1) > 1
+        sole = vocabulary.probes[allowed.byte().argmax(-1)]
+        if not choice.any():
+            return sole
+        modality = self._grammar.modality(rows.state)
+        if self._sampler.guides:
+            self._add_twins((self._sampler.guided[modality] & choice).tolist())
+        columns = vocabulary.columns((allowed & choice[:, None]).any(0))
         hidden = self._forward()
-        control = self.control if int(columns[0]) < self.control <= int(columns[-1]) else 0
-        low, high = int(columns[torch.searchsorted(columns, control)]), int(columns[-1]) + 1
-        logits, mask_used = self.decoder.logits(hidden, slice(low, high)), mask[:, low:high]
-        if control:
-            logits = torch.cat((self.decoder.logits(hidden, slice(0, control)), logits), -1)
-            mask_used = torch.cat((mask[:, :control], mask_used), -1)
-        self._count(len(self.live), logits.shape[-1])
-        modality = self.grammar.modality(self.rows.state)
-        chosen = self.sampler(logits, mask_used, modality, self.rows.chance[:, step])
-        return torch.where(chosen < control, chosen, chosen + (low - control))
+        parts = [self._decoder.logits(hidden, part) for part in columns.slices]
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+        self._count(*logits.shape)
+        here, given = columns.of(mask), logits[: len(mask)]
+        if self._twins:
+            of = list(range(len(mask)))  # a row without a twin is its own
+            for twin, slot in enumerate(self._twins, len(mask)):
+                of[slot] = twin
+            given = self._sampler.guide(given, logits[of], here, columns.codes, modality)
+        seen = None if rows.seen is None else columns.of(rows.seen)
+        chosen = self._sampler(given, here, modality, rows.chance[:, self._step], seen)
+        return torch.where(choice, columns.ids[chosen.clamp(max=len(columns.ids) - 1)], sole)
 
     def _forward(self) -> Tensor:
-        """[B, C]: run what the model has not seen; the output at the last id of each row."""
-        lengths = [len(p) for p in self.pending]
-        longest = max(lengths)
-        before = self.cache.lengths
-        ids = torch.tensor([p + [self.grammar.registry.pad] * (longest - len(p)) for p in self.pending])
-        hidden = self.decoder.hidden(ids.to(self.decoder.device), self.cache)
-        self.pending = [[] for _ in self.pending]
-        if min(lengths) == longest:
+        """[R, C]: run what the model has not seen; the output at the last id of each row and each twin."""
+        hidden = self._feed(self._pending, self._cache)
+        lengths = [len(p) for p in self._pending]
+        self._pending = [[] for _ in lengths]
+        if min(lengths) == max(lengths):
             return hidden[:, -1]
-        self.cache.rewind([b + n for b, n in zip(before, lengths, strict=True)])
         return hidden[torch.arange(len(lengths), device=hidden.device), torch.tensor(lengths, device=hidden.device) - 1]
 
-    def _shrink(self, done: list[bool]) -> list[bool]:
-        """Park finished rows; drop them once they are half of the batch."""
-        alive = [slot for slot, ended in enumerate(done) if not ended]
-        if len(alive) in (0, len(done)):
-            return done
-        if 2 * len(alive) <= len(done):
-            index = torch.tensor(alive, device=self.decoder.device)
-            self.rows = self.rows.select(index)
-            self.cache.select(alive)
-            self.live = [self.live[slot] for slot in alive]
-            self.pending = [self.pending[slot] for slot in alive]
-            return [False] * len(alive)
-        self.cache.rewind([0 if ended else n for n, ended in zip(self.cache.lengths, done, strict=True)])
-        return done
+    def _feed(self, rows: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """[R, T, C]: run rows of ids, of any lengths, behind what the cache holds."""
+        lengths, before = [len(row) for row in rows], cache.lengths
+        longest, pad = max(lengths), self._grammar.registry.pad
+        ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+        hidden = self._decoder.hidden(ids.to(self._decoder.device), cache)
+        if min(lengths) < longest:
+            cache.rewind([b + n for b, n in zip(before, lengths, strict=True)])
+        return hidden
 
-    def _count(self, batch: int, columns: int) -> None:
-        """Account for a run of the model."""
-        self.runs += 1
-        if self.runs == 1:
-            self.prefilled = time.perf_counter()
+    def _prefill(self, rows: Sequence[Sequence[int]], capacity: int) -> KVCache:
+        """A cache that holds these ids; rows that are equal are run once."""
+        unique = {tuple(row): None for row in rows}
+        index = {row: i for i, row in enumerate(unique)}
+        cache = self._decoder.new_cache(len(unique), capacity)
+        if any(unique):
+            self._feed(list(unique), cache)
+        if len(unique) < len(rows):
+            cache.select([index[tuple(row)] for row in rows])
+        return cache
+
+    def _add_twins(self, guided: list[bool]) -> None:
+        """Give a twin to each row that is to be guided and has none."""
+        new = [slot for slot, on in enumerate(guided) if on and slot not in self._twins]
+        if not new:
             return
-        read, width = self.decoder.body_bytes, self.decoder.itemsize
-        read += columns * self.decoder.config.hidden_size * width
-        self.bytes += read
-        self.flops += 2 * batch * read // width
+        seen = []
+        for slot in new:
+            request = self._live[slot]
+            ids = [*self._unasked[request], *self._answers[request]]
+            count = len(ids) - len(self._pending[slot])
+            seen.append(ids[:count])
+            self._pending.append(ids[count:])
+        self._cache.join(self._prefill(seen, max(map(len, seen))))
+        self._twins += new
 
-    def stats(self, started: float, ended: float) -> Stats:
-        """What the run cost."""
-        middle = self.prefilled or ended
-        new = sum(len(a) for a in self.answers)
-        steps = max(self.runs - 1, 0)
-        return Stats(new, self.prompt_tokens, steps, middle - started, ended - middle, self.bytes, self.flops)
+    def _shrink(self) -> None:
+        """Park finished rows; drop them once they are half of the batch."""
+        alive = [slot for slot, ended in enumerate(self._done) if not ended]
+        if len(alive) in (0, len(self._done)):
+            return
+        ended = [self._done[slot] for slot in (*range(len(self._done)), *self._twins)]
+        if 2 * len(alive) > len(self._done):
+            self._cache.rewind([0 if end else n for n, end in zip(self._cache.lengths, ended, strict=True)])
+            return
+        kept = [row for row, end in enumerate(ended) if not end]
+        self._rows = self._rows.select(torch.tensor(alive, device=self._decoder.device))
+        self._cache.select(kept)
+        self._pending = [self._pending[row] for row in kept]
+        self._live = [self._live[slot] for slot in alive]
+        self._twins = [alive.index(slot) for slot in self._twins if not self._done[slot]]
+        self._done = [False] * len(alive)
+
+    def _count(self, rows: int, columns: int) -> None:
+        """Account for a run of the model."""
+        read, flops = self._decoder.cost(rows, columns)
+        self._steps += 1
+        self._bytes += read
+        self._flops += flops

@@ -1,0 +1,76 @@
+"""Weight matrices for generation: a precision, and for a CPU the layout that its kernels read best.
+
+On a CPU the kernels of oneDNN take a matrix that was reordered once. At 32 rows they are twice as fast as the product
+with the plain matrix, and, unlike it, give a row the same bits whatever rows stand beside it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from mmtok.errors import ConfigError
+
+FEW = 3  # up to so many rows reading int8 is faster than the packed bfloat16 of the same values
+ROWS = 64  # that the packed layout is chosen for; others run as fast in it
+
+
+class Matrix:
+    """A weight matrix [N, K] in float32, bfloat16, or int8 with a scale per output.
+
+    An int8 matrix means the same for any number of rows: its whole numbers are exact in bfloat16, which many rows are
+    multiplied with.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        """Convert ``weight``, float [N, K]; int8 rounds to 127 steps of the largest magnitude of each row.
+
+        Raises:
+            ConfigError: int8 for a K that is no multiple of 32.
+        """
+        weight = weight.detach()
+        self.shape = weight.shape
+        self._scale: Tensor | None = None
+        if dtype == torch.int8:
+            if weight.shape[1] % 32:  # the kernel reads beyond the end of such rows
+                got = weight.shape[1]
+                raise ConfigError(f"int8 needs sizes that are multiples of 32, got {got}; use torch.bfloat16")
+            scale = weight.float().abs().amax(1).clamp(min=1e-8) / 127
+            self._scale = scale.bfloat16().float()
+            weight = weight.float() / self._scale[:, None]
+            self._plain = weight.round().clamp(-127, 127).to(torch.int8)
+        else:
+            self._plain = weight.to(dtype)
+        self._packed = None if dtype == torch.int8 else _pack(self._plain)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float [R, K] -> [R, N] of the same type."""
+        if self._scale is None:
+            return self._multiply(x, self._plain)
+        if x.device.type == "cpu" and len(x) <= FEW:
+            return torch._weight_int8pack_mm(x.bfloat16(), self._plain, self._scale.bfloat16()).to(x.dtype)
+        if self._packed is None:
+            self._packed = _pack(self._plain.bfloat16())
+        return self._multiply(x, self._plain) * self._scale.to(x.dtype)
+
+    def _multiply(self, x: Tensor, plain: Tensor) -> Tensor:
+        if self._packed is None:
+            return F.linear(x, plain.to(x.dtype))
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self._packed.dtype), self._packed, None, "none", [], "")
+        return y.to(x.dtype)
+
+
+def itemsize(dtype: torch.dtype, rows: int) -> int:
+    """Bytes that a weight of a matrix takes where so many rows read it."""
+    return torch.bfloat16.itemsize if dtype == torch.int8 and rows > FEW else dtype.itemsize
+
+
+def _pack(weight: Tensor) -> Tensor | None:
+    """A matrix in the layout of oneDNN's kernels; None where there are none for it."""
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return None
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+    return packed
