@@ -118,7 +118,8 @@ class Intent(NamedTuple):
     Attributes:
         asks: the modality that the question is about: text, image or audio.
         answers: the parts of the answer.
-        train, held_out: phrasings; ``{name}`` is the English name and ``{nom}`` the French one.
+        train, held_out, independent: phrasings to train on, and two lists to judge by; ``{name}`` is the English name
+            and ``{nom}`` the French one.
         spoken: the phrasing is a recording.
     """
 
@@ -126,6 +127,7 @@ class Intent(NamedTuple):
     answers: tuple[str, ...]
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+    independent: tuple[str, ...] = ()
     spoken: bool = False
 
 
@@ -149,6 +151,7 @@ class Phrasings:
                     tuple(entry["answers"].split()),
                     tuple(entry["train"]),
                     tuple(entry["held_out"]),
+                    tuple(entry.get("independent", ())),
                     bool(entry.get("spoken", False)),
                 )
                 for name, entry in value.items()
