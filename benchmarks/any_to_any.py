@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,8 +84,16 @@ def main() -> None:
         sampling = {k: v.to_dict() for k, v in bench.sampling.items()}
         figures["parts"][name] = {"limit": args.limit, "sampling": sampling, "seconds": seconds, "figures": found}
         args.results.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(args.results, (json.dumps(figures, indent=1) + "\n").encode())
-        print(f"{name}, {seconds} s:\n{json.dumps(found, indent=1)}")
+        atomic_write(args.results, (written(figures) + "\n").encode())
+        print(f"{name}, {seconds} s:\n{written(found)}")
+
+
+def written(figures: object) -> str:
+    """JSON, indented, in which what holds nothing that holds anything is one line: a share with its interval."""
+    text = json.dumps(figures, indent=1)
+    for pair in (r"\[[^][{}]*\]", r"\{[^{}]*\}"):
+        text = re.sub(pair, lambda found: re.sub(r"(?<=[\[{])\s+|\s+(?=[]}])", "", re.sub(r"\s+", " ", found[0])), text)
+    return text
 
 
 if __name__ == "__main__":

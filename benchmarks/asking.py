@@ -88,7 +88,8 @@ class Corpus:
         return out
 
     def requests(self, split: str, per: int, intents: Sequence[str], seed: int) -> list[tuple[str, Question]]:
-        """(intent, question) of every phrasing of ``train`` or ``held-out``, spoken ones in every voice, about ``per``
+        """(intent, question) of every phrasing of ``train``, ``held-out`` or ``independent`` (of which there are no
+        spoken ones), spoken ones in every voice, about ``per``
         concepts of ``evaluated`` each, which have all parts.
         """
         r = np.random.default_rng(seed)
@@ -97,9 +98,8 @@ class Corpus:
         out = []
         for name in intents:
             intent = self.phrasings.intents[name]
-            ways: Sequence = (
-                spoken.get(name, []) if intent.spoken else intent.train if split == "train" else intent.held_out
-            )
+            written = {"train": intent.train, "held-out": intent.held_out, "independent": intent.independent}
+            ways: Sequence = spoken.get(name, []) if intent.spoken else written[split]
             for way in ways:
                 for i in r.permutation(len(whole))[:per]:
                     c = whole[i]

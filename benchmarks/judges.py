@@ -174,10 +174,13 @@ class Understood(Naming):
         self.listener = Listener.phrases({words_of(name) for name in names})
         self.of = {words_of(name): words(name) for name in names if self.listener.knows(words_of(name))}
         self.labels = sorted(set(self.of.values()))
+        self._heard: dict[Audio, str] = {}
 
     def take(self, answer: Media) -> str:
         assert isinstance(answer, Audio)
-        return self.of.get(self.listener.hears(answer.samples[0]), "")
+        if answer not in self._heard:  # a third of a second each
+            self._heard[answer] = self.of.get(self.listener.hears(answer.samples[0]), "")
+        return self._heard[answer]
 
 
 class Judges:

@@ -56,10 +56,12 @@ class Bench:
 
 
 def judged(bench: Bench) -> dict:
-    """Every judge on real data, of all concepts: what the tokenizers leave, other voices, changed pictures."""
+    """Every judge on real data, of the concepts of train that are asked about: what the tokenizers leave of it, other
+    voices, changed pictures.
+    """
     corpus, out = bench.corpus, {}
     for part in ("image", "audio", "audio:fr"):
-        there = [c for c in corpus.concepts if c.has(part)]
+        there = [c for c in corpus.evaluated if c.has(part)]
         data: dict[str, list[tuple[Concept, Image | Text | Audio]]] = {
             "as the tokenizer leaves it": [(c, bench.answers.copy(c.truth(part))) for c in there]
         }
@@ -68,7 +70,7 @@ def judged(bench: Bench) -> dict:
                 data[name] = [(c, Image(np.ascontiguousarray(change(c.image.pixels)))) for c in there]
         elif part == "audio":
             data["the recording itself"] = [(c, c.truth(part)) for c in there]
-            for voice in ("joe2", "espeak0", "espeak1", "human"):
+            for voice in ("joe2", "espeak0", "human"):
                 data[f"voice {voice}"] = [(c, s) for c in there if (s := c.spoken(voice)) is not None]
         else:
             data["a tenth faster, with noise"] = [(c, faster(c.truth(part))) for c in there]
@@ -125,14 +127,17 @@ def scored(bench: Bench, part: str, index: int, questions: Sequence[Question], m
 
 
 def routing(bench: Bench) -> dict:
-    """Whether the model answers in the modalities asked for, no target forced: held-out phrasings, and the others.
+    """Whether the model answers in the modalities asked for, no target forced: phrasings that were held out, those by
+    another author, and those trained on.
 
     Beside it, of those: whether all parts are the right thing by their first judges, and the language of what was asked
     for in French.
     """
     corpus, out = bench.corpus, {}
     limit = corpus.limit
-    for split, per, most in (("held-out", max(1, 7 * limit // 100), 11 * limit), ("train", 1, 5 * limit)):
+    per = max(1, 7 * limit // 100)
+    spoken = {name for name, intent in corpus.phrasings.intents.items() if intent.spoken}
+    for split, per, most in (("held-out", per, 11 * limit), ("independent", per, 8 * limit), ("train", 1, 5 * limit)):
         found = corpus.requests(split, per, list(corpus.phrasings.intents), seed=1)
         found = [found[i] for i in sorted(np.random.default_rng(2).permutation(len(found))[:most])]
         questions = [q for _, q in found]
@@ -153,6 +158,8 @@ def routing(bench: Bench) -> dict:
         names = dict.fromkeys(name for name, _ in found)
         out[split] = {
             "routed": share(routed),
+            "routed, written": share([r for (n, _), r in zip(found, routed, strict=True) if n not in spoken]),
+            "routed, spoken": share([r for (n, _), r in zip(found, routed, strict=True) if n in spoken]),
             "decoded": sum(not a.error for a in made),
             "right of those routed": share(right),
             "in French of those routed": {part: share(x) for part, x in languages.items()},
