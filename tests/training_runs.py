@@ -1,11 +1,12 @@
 """Real training runs of a tiny transformer, in this process, under torchrun, and killed at random moments.
 
-python training_runs.py RUN [key=value ...]                 one run; the schedule is CONFIG with these changes
-python training_runs.py kill RUN SEED KILLS [key=value ...] the same, begun anew after each kill -9
+python training_runs.py RUN [key=value ...] [untied] [die]    one run: CONFIG with these changes; see ``train``
+python training_runs.py kill RUN SEED KILLS [key=value ...]   the same, begun anew after each kill -9
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -49,8 +50,8 @@ def rows(r: np.random.Generator, count: int) -> tuple[torch.Tensor, ...]:
     return ids, document, positions, positions >= 0
 
 
-def train(run: Path, config: LoopConfig, tied: bool = True) -> Transformer:
-    """One run."""
+def train(run: Path, config: LoopConfig, tied: bool = True, die: bool = False) -> Transformer:
+    """One run; with an output projection of its own, or one whose last rank is killed in step 5 if it began at 0."""
     prepare_torch(config)
     torch.manual_seed(0)
     model = Transformer(
@@ -60,7 +61,12 @@ def train(run: Path, config: LoopConfig, tied: bool = True) -> Transformer:
     )
     sequence_loss = SequenceLoss(GRAMMAR, {"text": 2.0}, z_loss=1e-3)
 
+    numbers: list[int] = []
+
     def loss(number: int) -> tuple[torch.Tensor, dict[str, float]]:
+        numbers.append(number)
+        if die and rank() == world() - 1 and number == 5 * config.accumulate and numbers[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
         mine = [x[rank() :: world()] for x in rows(rng(config, number), config.batch_size)]
         return sequence_loss(model, *mine)
 
@@ -90,7 +96,7 @@ def kill(run: Path, seed: int, kills: int, config: LoopConfig) -> list[int]:
         of each killed child the lines that it left in the log.
     """
     with suppress(ImportError):
-        import torch.utils.tensorboard  # noqa: F401 -- once, before it is copied
+        importlib.import_module("torch.utils.tensorboard")  # once, before the process is copied
     random = np.random.default_rng(seed)
     seen: list[int] = []
     while True:
@@ -119,6 +125,7 @@ if __name__ == "__main__":
         print(json.dumps(kill(Path(out), int(seed), int(kills), CONFIG.replace(changes))))
     else:
         out, *changes = sys.argv[1:]
-        model = train(Path(out), CONFIG.replace([c for c in changes if c != "untied"]), "untied" not in changes)
+        config = CONFIG.replace([c for c in changes if "=" in c])
+        model = train(Path(out), config, "untied" not in changes, "die" in changes)
         assert type(model) is Transformer
         torch.save(model.state_dict(), f"{out}/model-{rank()}.pt")

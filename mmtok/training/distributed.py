@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 
 import torch
 from torch import nn
@@ -26,7 +27,14 @@ def start() -> None:
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.distributed.init_process_group("nccl" if gpu else "gloo")
-        atexit.register(torch.distributed.destroy_process_group)  # else its threads outlive the interpreter and abort
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Leave together, for torchrun ends the others when one ends badly, and leave no threads, which would end so."""
+    if not hasattr(sys, "last_value"):  # after an error the others wait elsewhere, if at all
+        torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def rank() -> int:

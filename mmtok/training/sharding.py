@@ -12,12 +12,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mmtok.errors import ConfigError
-from mmtok.training.distributed import world
 from mmtok.transformer.model import Transformer
 
 
@@ -49,7 +48,8 @@ class Shards:
         self._room = {k: nn.Parameter(torch.empty_like(p, device="meta")) for k, p in model.named_parameters()}
         memo = {id(p): self._room[k] for k, p in model.named_parameters()} | {id(b): b for b in model.buffers()}
         self._twin = copy.deepcopy(model, memo)
-        mesh = init_device_mesh(model.head_weight.device.type, (world(),))
+        # A group of its own: caches of torch keep it, so its threads do not end with it, as those of the others do.
+        mesh = DeviceMesh.from_group(torch.distributed.new_group(), model.head_weight.device.type)
         for layer in model.model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
