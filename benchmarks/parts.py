@@ -135,9 +135,9 @@ def routing(bench: Bench) -> dict:
     """
     corpus, out = bench.corpus, {}
     limit = corpus.limit
-    per = max(1, 7 * limit // 100)
+    some = max(1, 7 * limit // 100)
     spoken = {name for name, intent in corpus.phrasings.intents.items() if intent.spoken}
-    for split, per, most in (("held-out", per, 11 * limit), ("independent", per, 8 * limit), ("train", 1, 5 * limit)):
+    for split, per, most in (("held-out", some, 11 * limit), ("independent", some, 8 * limit), ("train", 1, 5 * limit)):
         found = corpus.requests(split, per, list(corpus.phrasings.intents), seed=1)
         found = [found[i] for i in sorted(np.random.default_rng(2).permutation(len(found))[:most])]
         questions = [q for _, q in found]

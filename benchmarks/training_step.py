@@ -77,7 +77,7 @@ def step_of(model: nn.Module, loss: Callable[[], Tensor], context: Callable[[], 
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip)
         optimizer.step(CONFIG.lr)
-        return float(value)
+        return value.item()
 
     return step
 

@@ -37,7 +37,7 @@ RATE = 16_000
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vocabulary; datasets of three things to train on, one for val and one of pair-test; and two spoken questions."""
+    """A vocabulary; datasets of three things to train on, one for val, one of pair-test; and two spoken questions."""
     root = tmp_path_factory.mktemp("made")
     mm = save_tokenizers(root / "vocabulary")
     (root / "vocabulary" / "vocab.json").write_text(mm.registry.to_json())

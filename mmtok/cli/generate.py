@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from enum import StrEnum
@@ -14,15 +15,19 @@ import typer
 
 from mmtok import media
 from mmtok.checkpoints import atomic_write
+from mmtok.cli.live import Live
 from mmtok.cli.tables import print_table
 from mmtok.documents import Audio, Image, Text, Turn, load_segment, save_document
 from mmtok.errors import ConfigError, MediaError
 from mmtok.listing import listing as list_ids
 from mmtok.multimodal import MultimodalTokenizer, Segment
 from mmtok.sequences import write_ids
-from mmtok.transformer.generate import Generation, Request, Sampling
+from mmtok.transformer.decoder import Decoder
 from mmtok.transformer.generate import generate as run_model
 from mmtok.transformer.model import Transformer
+from mmtok.transformer.requests import Generation, Request
+from mmtok.transformer.sampling import Sampling
+from mmtok.transformer.streaming import Streamer
 
 
 class Modality(StrEnum):
@@ -33,7 +38,24 @@ class Modality(StrEnum):
     audio = "audio"
 
 
+class Precision(StrEnum):
+    """Of the weights: what --precision takes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 IMAGE_SIZE = 64  # pixels of the pictures that the bundled model was trained on
+SAMPLING = {"text": Sampling(0.0), "image": Sampling(0.4), "audio": Sampling(0.4)}  # what suits the bundled model
+
+
+def _defaults(name: str) -> str:
+    """The defaults of an option, in words."""
+    values = {m: getattr(s, name) for m, s in SAMPLING.items() if name != "guidance" or m != "text"}
+    if len(set(values.values())) == 1:
+        return f"{next(iter(values.values())):g}"
+    return ", ".join(f"{v:g} for {m}" for m, v in values.items())
 
 
 def generate(
@@ -45,11 +67,42 @@ def generate(
         list[Modality] | None, typer.Option(help="What to answer with, in order; default: the model chooses.")
     ] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Directory for the answer.")] = Path("samples"),
+    samples: Annotated[
+        int,
+        typer.Option(min=1, help="Answers to give, all in one batch; several go to directories 0, 1, ... of --out."),
+    ] = 1,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Print text as it comes; write sounds while they grow, and whole pictures.")
+    ] = False,
     model: Annotated[str, typer.Option(help="Checkpoint directory, or the name of a bundled one.")] = "any-to-any",
+    precision: Annotated[
+        Precision, typer.Option(help="Of the weights. int8 is fastest for one answer, bfloat16 for many.")
+    ] = Precision.int8,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal answers.")] = 0,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="Of every modality; default: 0 for text, 0.4 for the rest.")
+        float | None, typer.Option(min=0, help=f"Of every modality; default: {_defaults('temperature')}.")
     ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help=f"Only the k best ids; 0 is no limit; default: {_defaults('top_k')}.")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help=f"Only the best ids that reach this probability; default: {_defaults('top_p')}."),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(help=f"Of ids that a segment has already; 1 is none; default: {_defaults('repetition_penalty')}."),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help=f"How much more pictures and sounds heed the question; 1 is none; default: {_defaults('guidance')}.",
+        ),
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the model's step with torch.compile, which takes up to a minute.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most ids of the answer.")] = 1200,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON on stdout.")] = False,
 ) -> None:
@@ -61,30 +114,56 @@ def generate(
     Example: mmtok generate --text "a cow" --to image --to audio --out samples
     """
     question = _question(context.obj or [], text or [], image or [], audio or [])
+    if stream and samples > 1:
+        raise ConfigError(f"--stream shows one answer, got --samples {samples}; leave out one of the two")
+    sampling = sampling_of(
+        temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty, guidance=guidance
+    )
     torch.set_num_threads(1)  # a step of so small a model is too short to share
     tokenizer = MultimodalTokenizer.load(model)
-    transformer = Transformer.load(model, tokenizer.registry)
-    fitted = [tokenizer.fit(x, IMAGE_SIZE) for x in question]
-    request = Request(tokenizer.prompt(fitted), tuple(m.value for m in to or []), max_tokens)
-    answer = run_model(transformer, tokenizer.grammar, [request], sampling_of(temperature), seed)[0]
-    report = {
-        "model": model,
-        "vocabulary": tokenizer.registry.fingerprint,
-        "seed": seed,
-        "temperature": temperature,
-        **write_answer(tokenizer, answer, out),
-    }
-    atomic_write(out / "report.json", (json.dumps(report, indent=2) + "\n").encode())
+    decoder = Decoder(Transformer.load(model, tokenizer.registry), getattr(torch, precision), compile)
+    prompt = tokenizer.prompt([tokenizer.fit(x, IMAGE_SIZE) for x in question])
+    requests = [Request(prompt, tuple(m.value for m in to or []), max_tokens, sample=i) for i in range(samples)]
+    on_token = None
+    if stream:
+        shown, pieces = Live(out, _segments(tokenizer, prompt), as_json), Streamer(tokenizer)
+
+        def on_token(_: int, id: int) -> None:
+            for event in pieces.push(id):
+                shown.take(event)
+
+    answers = run_model(decoder, tokenizer.grammar, requests, sampling, seed, on_token)
+    about = {"model": model, "vocabulary": tokenizer.registry.fingerprint, "seed": seed, "precision": precision.value}
+    about["sampling"] = {m: s.to_dict() for m, s in sampling.items()}
+    reports = []
+    for number, answer in enumerate(answers):
+        folder = out if samples == 1 else out / str(number)
+        reports.append({**about, **write_answer(tokenizer, answer, folder)})
+        atomic_write(folder / "report.json", (json.dumps(reports[-1], indent=2) + "\n").encode())
+        if not as_json:
+            _show(reports[-1], folder)
     if as_json:
-        print(json.dumps(report))
-    else:
-        _show(report, out)
+        print(json.dumps(reports[0] if samples == 1 else reports))
 
 
-def sampling_of(temperature: float | None) -> dict[str, Sampling]:
-    """Sampling of each modality; None takes the defaults that suit the bundled model."""
-    defaults = {"text": 0.0, "image": 0.4, "audio": 0.4}
-    return {m: Sampling(temperature=t if temperature is None else temperature) for m, t in defaults.items()}
+def sampling_of(temperature: float | None = None, **others: float | None) -> dict[str, Sampling]:
+    """Sampling of each modality: the defaults that suit the bundled model, with what is given in their place.
+
+    Args:
+        temperature: of every modality.
+        others: more fields of ``Sampling``; guidance is of images and sounds only.
+
+    Raises:
+        ConfigError: an impossible value.
+    """
+    given: dict[str, Any] = {k: v for k, v in {"temperature": temperature, **others}.items() if v is not None}
+    text = {k: v for k, v in given.items() if k != "guidance"}
+    return {m: dataclasses.replace(s, **(text if m == "text" else given)) for m, s in SAMPLING.items()}
+
+
+def _segments(tokenizer: MultimodalTokenizer, prompt: np.ndarray) -> int:
+    """How many segments of a document, turns among them, stand in a prompt."""
+    return len(tokenizer.grammar.spans([*prompt, tokenizer.registry.eos])) - 2  # but for <bos> and <eos>
 
 
 def write_answer(tokenizer: MultimodalTokenizer, answer: Generation, out: Path) -> dict[str, Any]:

@@ -66,18 +66,24 @@ class KVCache:
         self._positions = starts[:, None] + self._slots[:count]
         return self._positions, (self._slots[: self._end] <= self._positions[..., None])[:, None]
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store [B, heads, count, head_dim] of one layer after ``begin``; returns all that is in use, as views."""
-        rows = len(self.lengths)
-        all_keys, all_values = self._keys[layer, :rows], self._values[layer, :rows]
-        if self._rows is None:
-            start = self._end - keys.shape[2]
-            all_keys[:, :, start : self._end] = keys
-            all_values[:, :, start : self._end] = values
-        else:
-            all_keys[self._rows, :, self._positions] = keys.transpose(1, 2)
-            all_values[self._rows, :, self._positions] = values.transpose(1, 2)
-        return all_keys[:, :, : self._end], all_values[:, :, : self._end]
+    def append(self, layer: int | slice, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, heads, count, head_dim] of one layer after ``begin``; returns all that is in use, as views.
+
+        A slice of the layers takes [layers, B, ...].
+        """
+        rows, count = len(self.lengths), keys.shape[-2]
+        in_use = self._keys[layer, :rows], self._values[layer, :rows]
+        for everything, new in zip(in_use, (keys, values), strict=True):
+            if self._rows is None:
+                everything[..., self._end - count : self._end, :] = new
+            else:
+                everything.transpose(-3, -2)[..., self._rows, self._positions, :, :] = new.transpose(-3, -2)
+        return in_use[0][..., : self._end, :], in_use[1][..., : self._end, :]
+
+    def window(self) -> tuple[Tensor, Tensor, Tensor]:
+        """After ``begin``, as views: keys and values [layers, B, heads, S, head_dim] of the slots before, and these."""
+        rows, stop = len(self.lengths), max(self.lengths)
+        return self._keys[:, :rows, :, :stop], self._values[:, :rows, :, :stop], self._slots[:stop]
 
     def advance(self, count: int) -> None:
         """Every row has grown by ``count`` ids."""

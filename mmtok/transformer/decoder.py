@@ -8,6 +8,7 @@ its attention runs faster in than in bfloat16. Tests hold it to ``Transformer``,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,10 @@ from torch.nn import functional as F
 from mmtok.errors import ConfigError, VocabularyMismatchError
 from mmtok.registry import VocabularyRegistry
 from mmtok.transformer.cache import KVCache
-from mmtok.transformer.matrix import Matrix, itemsize
+from mmtok.transformer.matrix import FEW, Matrix, itemsize
 from mmtok.transformer.model import Layer, Transformer
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, queries, new keys and values -> what they see
 
 
 class Weights(NamedTuple):
@@ -42,12 +45,14 @@ class Decoder:
         body_bytes: of the weights that every step reads: all but embedding and output projection.
     """
 
-    def __init__(self, model: Transformer, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: Transformer, dtype: torch.dtype = torch.float32, compile: bool = False) -> None:
         """Copy the weights of ``model``, on the device that it is on.
 
         Args:
             model: the transformer.
             dtype: of the matrices: torch.float32; torch.bfloat16; or torch.int8, fastest for up to 3 rows on a CPU.
+            compile: run steps of up to 3 rows through torch.compile. The first takes up to a minute, for each number
+                of rows.
 
         Raises:
             ConfigError: int8 for sizes that are not multiples of 32.
@@ -56,6 +61,8 @@ class Decoder:
         self.config = model.config
         self.registry = model.registry
         self._dtype = dtype
+        self._compile = compile
+        self._compiled = torch.compile(self._step) if compile else self._step
         self._heads, self._shared = model.config.num_attention_heads, model.config.num_key_value_heads
         self._embedding = model.model.embed_tokens.weight.detach().to(small)
         self._active = torch.float32 if self.device.type == "cpu" else small  # of what is no matrix
@@ -123,22 +130,39 @@ class Decoder:
 
     def hidden(self, ids: Tensor, cache: KVCache) -> Tensor:
         """int64 [B, T] -> the normalised output of the last block [B, T, C]; the cache grows by T."""
-        c = self.config
         b, t = ids.shape
+        if self._compile and t == 1 and b <= FEW and max(cache.lengths) > 1:
+            y = self._step_compiled(ids, cache)
+        else:
+            positions, mask = cache.begin(t)
+            # (T, 1, D) or (B, T, 1, D)
+            y = self._blocks(
+                self._embed(ids),
+                self._cos[positions][..., None, :],
+                self._sin[positions][..., None, :],
+                lambda i, q, k, v: self._attend(q, *cache.append(i, k, v), mask),
+            )
+        cache.advance(t)
+        return y
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self._embedding[ids].to(self._active)
+
+    def _blocks(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+        """The blocks and the last norm: [B, T, C] -> [B, T, C]."""
+        c = self.config
+        b, t, width = x.shape
         n, d, eps = self._heads + self._shared, c.head_dim, c.rms_norm_eps
-        positions, mask = cache.begin(t)
-        cos, sin = self._cos[positions][..., None, :], self._sin[positions][..., None, :]  # (T, 1, D) or (B, T, 1, D)
-        x = self._embedding[ids.reshape(-1)].to(self._active)  # (B * T, C)
+        x = x.reshape(-1, width)  # (B * T, C)
         for i, w in enumerate(self._layers):
-            qkv = w.qkv(F.rms_norm(x, (c.hidden_size,), w.norm, eps)).view(b, t, -1, d)
+            qkv = w.qkv(F.rms_norm(x, (width,), w.norm, eps)).view(b, t, -1, d)
             qk = F.rms_norm(qkv[:, :, :n], (d,), None, eps) * w.qk_norm
             qk = torch.addcmul(qk * cos, qk.roll(d // 2, -1), sin)
-            k, v = cache.append(i, qk[:, :, self._heads :].transpose(1, 2), qkv[:, :, n:].transpose(1, 2))
-            x = x + w.out(self._attend(qk[:, :, : self._heads], k, v, mask))
-            gate, up = w.gate_up(F.rms_norm(x, (c.hidden_size,), w.mlp_norm, eps)).chunk(2, -1)
+            k, v = qk[:, :, self._heads :].transpose(1, 2), qkv[:, :, n:].transpose(1, 2)
+            x = x + w.out(attend(i, qk[:, :, : self._heads], k, v))
+            gate, up = w.gate_up(F.rms_norm(x, (width,), w.mlp_norm, eps)).chunk(2, -1)
             x = x + w.down(F.silu(gate) * up)
-        cache.advance(t)
-        return F.rms_norm(x, (c.hidden_size,), self._norm, eps).view(b, t, -1)
+        return F.rms_norm(x, (width,), self._norm, eps).view(b, t, -1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """[B, T, H, D] over keys and values [B, H_kv, S, D] -> [B * T, H * D]."""
@@ -149,6 +173,40 @@ class Decoder:
         shared = self._heads != self._shared
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, mask, enable_gqa=shared)
         return y.transpose(1, 2).reshape(b * t, -1)
+
+    def _step_compiled(self, ids: Tensor, cache: KVCache) -> Tensor:
+        """One id in each of few rows. The cache is written after it, not by the compiled function."""
+        seen = torch.tensor(cache.lengths, device=self.device)[:, None]
+        positions, _ = cache.begin(1)
+        keys, values, slots = cache.window()
+        mask = (slots < seen)[:, None, None]
+        for x in (keys, values, mask):
+            torch._dynamo.mark_dynamic(x, 3)
+        cos, sin = (x[positions].expand(len(ids), 1, -1)[:, :, None] for x in (self._cos, self._sin))
+        y, keys, values = self._compiled(self._embed(ids), cos, sin, mask, keys, values)
+        cache.append(slice(None), keys, values)
+        return y
+
+    def _step(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, keys: Tensor, values: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One id in each row, as a function of what it reads: the output, and its keys and values of all layers.
+
+        Args:
+            x: float [B, 1, C].
+            cos, sin: float [B, 1, 1, D].
+            mask: bool [B, 1, 1, S], the slots that hold something.
+            keys, values: float [L, B, H_kv, S, D].
+        """
+        new: list[tuple[Tensor, Tensor]] = []
+        mask = torch.cat((mask, torch.ones_like(mask[..., :1])), -1)
+
+        def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            new.append((k, v))
+            return self._attend(q, torch.cat((keys[i], k), 2), torch.cat((values[i], v), 2), mask)
+
+        y = self._blocks(x, cos, sin, attend)
+        return y, torch.stack([k for k, _ in new]), torch.stack([v for _, v in new])
 
     def logits(self, hidden: Tensor, columns: slice = slice(None)) -> Tensor:
         """[..., C] -> [..., n]: scores of the ids in ``columns``. The matrix of each range is kept: use few of them."""

@@ -153,7 +153,7 @@ class Run:
         sampling: Sampling | Mapping[str, Sampling] = DEFAULT,
         seed: int = 0,
     ) -> None:
-        self._started = time.perf_counter()
+        started = time.perf_counter()
         self._decoder = model if isinstance(model, Decoder) else Decoder(model, model.head_weight.dtype)
         self._decoder.check_vocabulary(grammar.registry)
         self._grammar, self._requests, device, registry = (
@@ -183,7 +183,7 @@ class Run:
         self._steps = self._step = self._bytes = self._flops = 0
         self._cache = self._prefill([p[:-1].tolist() for p in prompts], capacity)
         self._pending = [p[-1:].tolist() for p in prompts]  # ids that the model has not seen, of rows and twins
-        self._prefilled = self._ended = time.perf_counter()
+        self._prefill_seconds, self._decode_seconds = time.perf_counter() - started, 0.0
 
     @property
     def going(self) -> bool:
@@ -193,7 +193,7 @@ class Run:
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
         """One more id in each row that has not ended: (index of the request, id)."""
-        rows, before = self._rows, self._done
+        started, rows, before = time.perf_counter(), self._rows, self._done
         ids = self._next()
         self._step += 1
         state = self._grammar.advance(rows.state, ids)
@@ -211,14 +211,14 @@ class Run:
             pending.append(chosen[slot])
         self._done = state.done.tolist()
         self._shrink()
-        self._ended = time.perf_counter()
+        self._decode_seconds += time.perf_counter() - started
         return out
 
     def generations(self) -> list[Generation]:
         """The answers, once all rows have ended."""
         prompts, new = sum(len(r.prompt) for r in self._requests), sum(map(len, self._answers))
-        prefill, decode = self._prefilled - self._started, self._ended - self._prefilled
-        stats = Stats(new, prompts, self._steps, prefill, decode, self._bytes, self._flops)
+        seconds = self._prefill_seconds, self._decode_seconds
+        stats = Stats(new, prompts, self._steps, *seconds, self._bytes, self._flops)
         registry, out = self._grammar.registry, []
         for request, answer in zip(self._requests, self._answers, strict=True):
             ids = np.concatenate([np.asarray(request.prompt, np.int64), np.array(answer, np.int64)])

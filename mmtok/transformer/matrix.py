@@ -6,6 +6,8 @@ with the plain matrix, and, unlike it, give a row the same bits whatever rows st
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -37,26 +39,35 @@ class Matrix:
                 got = weight.shape[1]
                 raise ConfigError(f"int8 needs sizes that are multiples of 32, got {got}; use torch.bfloat16")
             scale = weight.float().abs().amax(1).clamp(min=1e-8) / 127
-            self._scale = scale.bfloat16().float()
-            weight = weight.float() / self._scale[:, None]
+            self._scale = scale.bfloat16()
+            weight = weight.float() / self._scale.float()[:, None]
             self._plain = weight.round().clamp(-127, 127).to(torch.int8)
         else:
             self._plain = weight.to(dtype)
-        self._packed = None if dtype == torch.int8 else _pack(self._plain)
+
+    @cached_property
+    def _packed(self) -> Tensor | None:
+        """The matrix as oneDNN reads it, int8 as bfloat16; None where that is not to be had."""
+        plain = self._plain.bfloat16() if self._plain.dtype == torch.int8 else self._plain
+        if plain.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+            return None
+        if plain.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
+        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(plain.contiguous(), ROWS)
+        return packed
 
     def __call__(self, x: Tensor) -> Tensor:
         """float [R, K] -> [R, N] of the same type."""
         if self._scale is None:
-            return self._multiply(x, self._plain)
+            return self._multiply(x)
         if x.device.type == "cpu" and len(x) <= FEW:
-            return torch._weight_int8pack_mm(x.bfloat16(), self._plain, self._scale.bfloat16()).to(x.dtype)
-        if self._packed is None:
-            self._packed = _pack(self._plain.bfloat16())
-        return self._multiply(x, self._plain) * self._scale.to(x.dtype)
+            return torch._weight_int8pack_mm(x.bfloat16(), self._plain, self._scale).to(x.dtype)
+        return self._multiply(x) * self._scale
 
-    def _multiply(self, x: Tensor, plain: Tensor) -> Tensor:
-        if self._packed is None:
-            return F.linear(x, plain.to(x.dtype))
+    def _multiply(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or self._packed is None:
+            plain = self._plain if self._plain.is_floating_point() else self._plain.to(x.dtype)
+            return F.linear(x.to(plain.dtype), plain).to(x.dtype)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self._packed.dtype), self._packed, None, "none", [], "")
         return y.to(x.dtype)
 
@@ -64,13 +75,3 @@ class Matrix:
 def itemsize(dtype: torch.dtype, rows: int) -> int:
     """Bytes that a weight of a matrix takes where so many rows read it."""
     return torch.bfloat16.itemsize if dtype == torch.int8 and rows > FEW else dtype.itemsize
-
-
-def _pack(weight: Tensor) -> Tensor | None:
-    """A matrix in the layout of oneDNN's kernels; None where there are none for it."""
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return None
-    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
-    return packed
