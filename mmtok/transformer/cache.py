@@ -7,12 +7,17 @@ masked until later ids overwrite them.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mmtok.errors import ConfigError
+
+HUGE = 2**21  # bytes of a huge page
 
 
 class KVCache:
@@ -36,8 +41,8 @@ class KVCache:
         """Allocate [layers, batch, heads, capacity, head_dim] twice, with ``heads`` the key-value heads."""
         self.capacity = capacity
         self.lengths = [0] * batch
-        self._keys = torch.zeros(layers, batch, heads, capacity, head_dim, device=device, dtype=dtype)
-        self._values = torch.zeros_like(self._keys)
+        shape = layers, batch, heads, capacity, head_dim
+        self._keys, self._values = (_zeros(shape, torch.device(device), dtype) for _ in range(2))
         self._slots = torch.arange(capacity, device=device)
         self._end = 0
         self._rows: Tensor | None = None  # (B, 1), when rows are written at slots of their own
@@ -96,7 +101,7 @@ class KVCache:
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order: finished ones need not be computed further. A row may come twice."""
         index = torch.tensor(list(rows), device=self._slots.device)
-        self._keys, self._values = self._keys.index_select(1, index), self._values.index_select(1, index)
+        self._keys, self._values = (_copied(x, index, len(index)) for x in (self._keys, self._values))
         self.lengths = [self.lengths[r] for r in rows]
 
     def join(self, other: KVCache) -> None:
@@ -108,14 +113,26 @@ class KVCache:
         self.lengths = self.lengths + other.lengths
         rows = len(self.lengths)
         if rows > self._keys.shape[1]:
-            self._keys, self._values = (_widened(x, have, max(rows, 2 * have)) for x in (self._keys, self._values))
+            index = torch.arange(have, device=self._slots.device)
+            self._keys, self._values = (_copied(x, index, max(rows, 2 * have)) for x in (self._keys, self._values))
         count = len(other.lengths)
         self._keys[:, have:rows, :, :slots] = other._keys[:, :count]
         self._values[:, have:rows, :, :slots] = other._values[:, :count]
 
 
-def _widened(x: Tensor, have: int, rows: int) -> Tensor:
-    """[L, R, ...] with so many rows, of which the first ``have`` are those of ``x``."""
-    out = x.new_zeros(x.shape[0], rows, *x.shape[2:])
-    out[:, :have] = x[:, :have]
+def _copied(x: Tensor, index: Tensor, rows: int) -> Tensor:
+    """These rows of [L, R, ...], at the beginning of so many."""
+    out = _zeros((len(x), rows, *x.shape[2:]), x.device, x.dtype)
+    out[:, : len(index)] = x[:, index]
     return out
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Zeros, on a CPU in huge pages where the system has them: a step reads all that is there, page by page."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.zeros(shape, device=device, dtype=dtype)
+    memory = mmap.mmap(-1, size)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -70,8 +70,8 @@ class Decoder:
         self._parts: dict[tuple[int, int], Matrix] = {}  # of the head
         self._norm = model.model.norm.weight.detach().to(self._active)
         self._layers = [self._join(layer) for layer in model.model.layers if isinstance(layer, Layer)]
-        self._matrices = [w for layer in self._layers for w in layer if isinstance(w, Matrix)]
-        self.body_bytes = sum(m.shape.numel() for m in self._matrices) * dtype.itemsize
+        self._body = sum(w.shape.numel() for layer in self._layers for w in layer if isinstance(w, Matrix))
+        self.body_bytes = self._body * dtype.itemsize
         half = model.config.head_dim // 2
         self._cos = model.cos.to(self._active)  # [P, D]
         self._sin = torch.cat((-model.sin[:, :half], model.sin[:, half:]), -1).to(self._active)
@@ -217,5 +217,5 @@ class Decoder:
 
     def cost(self, rows: int, columns: int) -> tuple[int, int]:
         """Of a step of so many rows, with ``columns`` of the output projection: bytes of weights, operations."""
-        weights = sum(m.shape.numel() for m in self._matrices) + columns * self.config.hidden_size
+        weights = self._body + columns * self.config.hidden_size
         return weights * itemsize(self._dtype, rows), 2 * rows * weights

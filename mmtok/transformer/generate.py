@@ -281,9 +281,10 @@ class Run:
         """[R, T, C]: run rows of ids, of any lengths, behind what the cache holds."""
         lengths, before = [len(row) for row in rows], cache.lengths
         longest, pad = max(lengths), self._grammar.registry.pad
-        ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
+        equal = min(lengths) == longest
+        ids = torch.tensor(rows if equal else [[*row, *[pad] * (longest - len(row))] for row in rows])
         hidden = self._decoder.hidden(ids.to(self._decoder.device), cache)
-        if min(lengths) < longest:
+        if not equal:
             cache.rewind([b + n for b, n in zip(before, lengths, strict=True)])
         return hidden
 

@@ -21,6 +21,7 @@ from mmtok.config import Config
 from mmtok.errors import ConfigError
 
 MODALITIES = ("text", "image", "audio")
+COLDEST = 1e-6  # a temperature that no other is below, but for 0
 RANKED = 128  # ids that are ranked at first
 LOWEST = -1e30  # stands for a score that is not a number: possible, but the last choice
 
@@ -84,7 +85,6 @@ class Sampler:
                 f"got guidance {rows[0].guidance} for text, expected 1: guidance is for images and sounds; "
                 "give settings of each modality"
             )
-        self._greedy = all(r.temperature == 0 for r in rows)
         filtered = [r.temperature > 0 and (r.top_k > 0 or r.top_p < 1) for r in rows]
         limits = [r.top_k or torch.iinfo(torch.int64).max for r in rows]
         self._width = max((k for k, f in zip(limits, filtered, strict=True) if f), default=0)  # how many to rank
@@ -94,7 +94,9 @@ class Sampler:
         def each(values: list[float]) -> Tensor:
             return torch.tensor(values, dtype=torch.float64, device=device)
 
-        self._temperature, self._top_p = each([r.temperature for r in rows]), each([r.top_p for r in rows])
+        self._greedy = torch.tensor([r.temperature == 0 for r in rows], device=device)
+        self._temperature = each([max(r.temperature, COLDEST) for r in rows])
+        self._top_p = each([r.top_p for r in rows])
         self._penalty, self._guidance = each([r.repetition_penalty for r in rows]), each([r.guidance for r in rows])
         self.guided = self._guidance != 1
         self.guides, self.penalises = bool(self.guided.any()), bool((self._penalty != 1).any())
@@ -113,17 +115,16 @@ class Sampler:
             modality: int64 [B], index in ``MODALITIES``.
 
         Returns:
-            float64 [B, V].
+            float [B, V].
         """
         scale = self._guidance[modality][:, None]
-        given, without = _finite(logits), _finite(without)
+        guided = torch.lerp(without, logits, scale.to(logits.dtype))
         on = codes & (scale != 1)
-        guided = without + scale * (given - without)
         if not bool(codes.all()):
             hidden = ~(on & mask)
-            sums = [x.masked_fill(hidden, float("-inf")).logsumexp(-1, True) for x in (given, guided)]
+            sums = [x.double().masked_fill(hidden, float("-inf")).logsumexp(-1, True) for x in (logits, guided)]
             guided = guided + (sums[0] - sums[1]).nan_to_num(0.0)
-        return torch.where(on, guided, given)
+        return torch.where(on, guided, logits)
 
     def __call__(
         self, logits: Tensor, mask: Tensor, modality: Tensor, uniform: Tensor, seen: Tensor | None = None
@@ -140,22 +141,20 @@ class Sampler:
         Returns:
             int64 [B].
         """
-        scores = _finite(logits)
+        scores = torch.nan_to_num(logits.double(), nan=LOWEST, posinf=-LOWEST, neginf=LOWEST)
         if seen is not None:
             penalty = self._penalty[modality][:, None]
             scores = torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
         scores = scores.masked_fill(~mask, float("-inf"))
-        best = scores.argmax(-1)
-        if self._greedy:
-            return best
-        temperature = self._temperature[modality]
-        probs = torch.softmax((scores - scores.amax(-1, True)) / temperature.clamp(min=1e-6)[:, None], -1)
+        if self._greedy.all():
+            return scores.argmax(-1)
+        probs = torch.softmax(scores / self._temperature[modality][:, None], -1)
         if self._width:
             probs = self._filter(probs, modality)
         cumulative = probs.cumsum(-1)
         # A single-precision u < 1 times the double total stays below it, so the first sum beyond is of a possible id.
         chosen = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True)[:, 0]
-        return torch.where(temperature == 0, best, chosen)
+        return torch.where(self._greedy[modality], scores.argmax(-1), chosen) if self._greedy.any() else chosen
 
     def _filter(self, probs: Tensor, modality: Tensor) -> Tensor:
         """Zero what top-k and top-p leave out. Equal probabilities stay or go together."""
@@ -174,11 +173,6 @@ class Sampler:
         kept[:, 0] = True
         threshold = ranked.masked_fill(~kept, 2.0).amin(-1, True) * filtered
         return torch.where(probs >= threshold, probs, 0.0)
-
-
-def _finite(scores: Tensor) -> Tensor:
-    """As float64, with a number for what is none."""
-    return torch.nan_to_num(scores.double(), nan=LOWEST, posinf=-LOWEST, neginf=LOWEST)
 
 
 def uniforms(seed: int, rows: Sequence[int], count: int) -> Tensor:
