@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from concepts import Concept, Media, Question, modality
-from judges import Judge, Judges, Nearest
+from judges import Judge, Judges, Nearest, Recordings
 from rich.progress import track
 from shares import binomial_p, share, shuffled, token_f1
 
@@ -27,6 +27,7 @@ from mmtok.transformer.decoder import Decoder
 
 BATCH = 64
 LONGEST = 700  # ids of an answer
+ALIKE = 4  # names of like length
 
 
 class Answer(NamedTuple):
@@ -139,7 +140,9 @@ def score(
         By judge: the share of right answers with its interval; of ``real`` data, for which the true answers stand as
         the tokenizer leaves them; ``chance``, one in the number of candidates, and the exact p-value against it; the
         share when the answers are ``shuffled`` among the questions, and the p-value against that. Where candidates are
-        ranked, the mean rank of the right one, from 0 (best) to 1 (worst), and its p-value against shuffled answers.
+        ranked, the mean rank of the right one, from 0 (best) to 1 (worst), and its p-value against shuffled answers; of
+        speech also against answers that are only shuffled among ``ALIKE`` names each whose recordings are about as
+        long, so that a length that is right explains nothing.
         For text also ``f1``, the mean token F1.
     """
     out: dict = {}
@@ -163,6 +166,10 @@ def score(
         if isinstance(judge, Nearest):
             figures["mean_rank"] = round(float(ranks.diagonal().mean()) / (candidates - 1), 3)
             figures["p_rank"] = rounded(shuffled(-ranks.astype(float))[1])
+        if isinstance(judge, Recordings):
+            lengths = [len(judge.features(c.truth(part))) for _, c, _ in pairs]
+            alike = np.argsort(np.argsort(lengths, kind="stable")) // ALIKE
+            figures["p_rank_of_like_length"] = rounded(shuffled(-ranks.astype(float), alike)[1])
         if modality(part) == "text":
             true = [(m, c.truth(part)) for _, c, m in pairs]
             f1 = [token_f1(a.text, b.text) for a, b in true if isinstance(a, Text) and isinstance(b, Text)]

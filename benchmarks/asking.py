@@ -89,8 +89,7 @@ class Corpus:
 
     def requests(self, split: str, per: int, intents: Sequence[str], seed: int) -> list[tuple[str, Question]]:
         """(intent, question) of every phrasing of ``train``, ``held-out`` or ``independent`` (of which there are no
-        spoken ones), spoken ones in every voice, about ``per``
-        concepts of ``evaluated`` each, which have all parts.
+        spoken ones), spoken ones in every voice, about ``per`` concepts of ``evaluated`` each, which have all parts.
         """
         r = np.random.default_rng(seed)
         whole = [c for c in self.evaluated if c.has("text:fr") and c.has("audio:fr")]

@@ -46,11 +46,12 @@ def binomial_p(hits: int, count: int, chance: float) -> float:
     return min(1.0, math.fsum(terms))
 
 
-def shuffled(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
+def shuffled(scores: np.ndarray, alike: np.ndarray | None = None, seed: int = 0) -> tuple[float, float]:
     """What the same answers reach as answers to each other's questions.
 
     Args:
         scores: [n, n], how good answer i is as the answer to question j; more is better.
+        alike: integers [n]; only questions of one number change places. None: all.
         seed: of the shuffles.
 
     Returns:
@@ -61,7 +62,9 @@ def shuffled(scores: np.ndarray, seed: int = 0) -> tuple[float, float]:
     if not n:
         return 0.0, 1.0
     r, rows = np.random.default_rng(seed), np.arange(n)
-    orders = r.permuted(np.tile(rows, (SHUFFLES, 1)), axis=1)
+    orders = np.tile(rows, (SHUFFLES, 1))
+    for group in [rows] if alike is None else [np.flatnonzero(alike == x) for x in np.unique(alike)]:
+        orders[:, group] = r.permuted(orders[:, group], axis=1)
     reached = scores[rows, orders].sum(1) >= np.trace(scores) - 1e-9
     return float(scores.mean()), (1 + int(reached.sum())) / (1 + SHUFFLES)
 

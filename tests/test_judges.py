@@ -66,6 +66,15 @@ def test_shuffled_answers(shares) -> None:
     assert shares.shuffled(np.zeros((0, 0))) == (0.0, 1.0)
 
 
+def test_answers_shuffled_among_the_alike(shares) -> None:
+    """What is only right of the group proves nothing within it; what is right within it does."""
+    groups = np.arange(12) // 4
+    of_group = (groups[:, None] == groups).astype(float)
+    assert shares.shuffled(of_group)[1] < 0.001
+    assert shares.shuffled(of_group, groups)[1] == 1.0
+    assert shares.shuffled(np.eye(12), groups)[1] == pytest.approx(1 / 24**3, abs=3e-4)
+
+
 def test_words_and_their_f1(shares) -> None:
     assert shares.words("“No U-Turn”.") == "no u turn"
     assert shares.words("L’étoile  DE mer_") == "l étoile de mer"

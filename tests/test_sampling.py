@@ -133,13 +133,13 @@ def test_guidance_is_the_formula_and_leaves_the_rest_alone():
         for row, scale in ((0, 3.0), (1, 0.5)):
             allowed = mask[row] & codes
             wanted = torch.softmax((without + scale * (logits - without))[row, allowed].double(), -1)
-            probs = torch.softmax(got[row].masked_fill(~mask[row], -torch.inf), -1)
+            probs = torch.softmax(got[row].double().masked_fill(~mask[row], -torch.inf), -1)
             plain = torch.softmax(logits[row].double().masked_fill(~mask[row], -torch.inf), -1)
-            assert torch.allclose(probs[allowed] / probs[allowed].sum(), wanted)
-            assert torch.allclose(probs[~codes], plain[~codes])
-        assert torch.equal(got[2], logits[2].double())
+            assert torch.allclose(probs[allowed] / probs[allowed].sum(), wanted, rtol=1e-4)
+            assert torch.allclose(probs[~codes], plain[~codes], rtol=1e-4)
+        assert torch.equal(got[2], logits[2])
     only = Sampler(settings).guide(logits[:, 2:], without[:, 2:], mask[:, 2:], codes[2:], modality)
-    assert torch.allclose(only[0], (without + 3 * (logits - without))[0, 2:].double())
+    assert torch.allclose(only[0], (without + 3 * (logits - without))[0, 2:], atol=1e-5)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -7,17 +7,12 @@ masked until later ids overwrite them.
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mmtok.errors import ConfigError
-
-HUGE = 2**21  # bytes of a huge page
 
 
 class KVCache:
@@ -41,8 +36,8 @@ class KVCache:
         """Allocate [layers, batch, heads, capacity, head_dim] twice, with ``heads`` the key-value heads."""
         self.capacity = capacity
         self.lengths = [0] * batch
-        shape = layers, batch, heads, capacity, head_dim
-        self._keys, self._values = (_zeros(shape, torch.device(device), dtype) for _ in range(2))
+        self._keys = torch.zeros(layers, batch, heads, capacity, head_dim, device=device, dtype=dtype)
+        self._values = torch.zeros_like(self._keys)
         self._slots = torch.arange(capacity, device=device)
         self._end = 0
         self._rows: Tensor | None = None  # (B, 1), when rows are written at slots of their own
@@ -100,39 +95,33 @@ class KVCache:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep only these rows, in this order: finished ones need not be computed further. A row may come twice."""
-        index = torch.tensor(list(rows), device=self._slots.device)
-        self._keys, self._values = (_copied(x, index, len(index)) for x in (self._keys, self._values))
+        self._move(rows, len(rows))
         self.lengths = [self.lengths[r] for r in rows]
 
     def join(self, other: KVCache) -> None:
-        """Append the rows of another cache of the same model, of no more slots than this one.
+        """Append the rows of another cache of the same model.
 
         Room is made for as many rows again, so that rows that come one by one are not each paid for with a copy.
+
+        Raises:
+            ConfigError: they hold more ids than this cache has slots.
         """
-        have, slots = len(self.lengths), other.capacity
-        self.lengths = self.lengths + other.lengths
-        rows = len(self.lengths)
+        have, slots = len(self.lengths), max(other.lengths)
+        if slots > self.capacity:
+            raise ConfigError(f"got a row of {slots} ids, the cache has {self.capacity} slots")
+        rows = have + len(other.lengths)
         if rows > self._keys.shape[1]:
-            index = torch.arange(have, device=self._slots.device)
-            self._keys, self._values = (_copied(x, index, max(rows, 2 * have)) for x in (self._keys, self._values))
-        count = len(other.lengths)
-        self._keys[:, have:rows, :, :slots] = other._keys[:, :count]
-        self._values[:, have:rows, :, :slots] = other._values[:, :count]
+            self._move(range(have), max(rows, 2 * have))
+        self._keys[:, have:rows, :, :slots] = other._keys[:, : len(other.lengths), :, :slots]
+        self._values[:, have:rows, :, :slots] = other._values[:, : len(other.lengths), :, :slots]
+        self.lengths = self.lengths + other.lengths
 
-
-def _copied(x: Tensor, index: Tensor, rows: int) -> Tensor:
-    """These rows of [L, R, ...], at the beginning of so many."""
-    out = _zeros((len(x), rows, *x.shape[2:]), x.device, x.dtype)
-    out[:, : len(index)] = x[:, index]
-    return out
-
-
-def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Zeros, on a CPU in huge pages where the system has them: a step reads all that is there, page by page."""
-    size = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.zeros(shape, device=device, dtype=dtype)
-    memory = mmap.mmap(-1, size)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+    def _move(self, rows: Sequence[int], room: int) -> None:
+        """What these rows hold to new memory, which has room for so many."""
+        used = max((self.lengths[r] for r in rows), default=0)
+        index = torch.tensor(list(rows), dtype=torch.int64, device=self._slots.device)
+        for name in ("_keys", "_values"):
+            old = getattr(self, name)
+            new = old.new_zeros(len(old), room, *old.shape[2:])
+            new[:, : len(index), :, :used] = old[:, :, :, :used].index_select(1, index)
+            setattr(self, name, new)

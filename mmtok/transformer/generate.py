@@ -181,7 +181,8 @@ class Run:
         self._twins: list[int] = []  # the row of each twin; twins stand behind all rows in the cache
         self._answers: list[list[int]] = [[] for _ in requests]
         self._steps = self._step = self._bytes = self._flops = 0
-        self._cache = self._prefill([p[:-1].tolist() for p in prompts], capacity)
+        self._cache = self._decoder.new_cache(0, capacity)
+        self._cache.join(self._prefill([p[:-1].tolist() for p in prompts]))
         self._pending = [p[-1:].tolist() for p in prompts]  # ids that the model has not seen, of rows and twins
         self._prefill_seconds, self._decode_seconds = time.perf_counter() - started, 0.0
 
@@ -288,15 +289,13 @@ class Run:
             cache.rewind([b + n for b, n in zip(before, lengths, strict=True)])
         return hidden
 
-    def _prefill(self, rows: Sequence[Sequence[int]], capacity: int) -> KVCache:
+    def _prefill(self, rows: Sequence[Sequence[int]]) -> KVCache:
         """A cache that holds these ids; rows that are equal are run once."""
-        unique = {tuple(row): None for row in rows}
-        index = {row: i for i, row in enumerate(unique)}
-        cache = self._decoder.new_cache(len(unique), capacity)
+        unique = {tuple(row): i for i, row in enumerate(dict.fromkeys(map(tuple, rows)))}
+        cache = self._decoder.new_cache(len(unique), max(map(len, rows)))
         if any(unique):
             self._feed(list(unique), cache)
-        if len(unique) < len(rows):
-            cache.select([index[tuple(row)] for row in rows])
+        cache.select([unique[tuple(row)] for row in rows])
         return cache
 
     def _add_twins(self, guided: list[bool]) -> None:
@@ -311,7 +310,7 @@ class Run:
             count = len(ids) - len(self._pending[slot])
             seen.append(ids[:count])
             self._pending.append(ids[count:])
-        self._cache.join(self._prefill(seen, max(map(len, seen))))
+        self._cache.join(self._prefill(seen))
         self._twins += new
 
     def _shrink(self) -> None:
