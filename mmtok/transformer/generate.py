@@ -117,14 +117,16 @@ def _start(grammar: Grammar, requests: Sequence[Request], seed: int, device: tor
                 f"request {i}: max_new_tokens is {request.max_new_tokens}, expected at least {least} for {what}"
             )
     longest = max(r.max_new_tokens for r in requests)
-    seen = torch.zeros(len(requests), grammar.registry.padded_size, dtype=torch.bool, device=device)
+    seen = None
+    if penalises:
+        seen = torch.zeros(len(requests), grammar.registry.padded_size, dtype=torch.bool, device=device)
     return Rows(
         state,
         limits,
         torch.tensor([r.max_new_tokens for r in requests], device=device),
         torch.tensor([bool(r.targets) for r in requests], device=device),
         uniforms(seed, [r.sample for r in requests], longest).to(device),
-        seen if penalises else None,
+        seen,
     )
 
 
@@ -156,12 +158,8 @@ class Run:
         started = time.perf_counter()
         self._decoder = model if isinstance(model, Decoder) else Decoder(model, model.head_weight.dtype)
         self._decoder.check_vocabulary(grammar.registry)
-        self._grammar, self._requests, device, registry = (
-            grammar,
-            list(requests),
-            self._decoder.device,
-            grammar.registry,
-        )
+        self._grammar, self._requests = grammar, list(requests)
+        device, registry = self._decoder.device, grammar.registry
         self._sampler = Sampler(sampling, device)
         prompts = [np.asarray(r.prompt) for r in requests]
         self._unasked = [without_question(registry, p) for p in prompts] if self._sampler.guides else []
