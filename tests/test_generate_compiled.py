@@ -13,10 +13,10 @@ from mmtok.transformer.decoder import Decoder
 from mmtok.transformer.generate import Request, generate
 from mmtok.transformer.sampling import Sampling
 
-SAMPLING = {"image": Sampling(1.0, guidance=2.0), "text": Sampling(0.8)}
+SAMPLING = {"image": Sampling(1.0, guidance=2.0), "audio": Sampling(0.9, guidance=1.5)}
 BATCHES = (
     [Request(prompt("text"), ("image",), 40, grid=(3, 3))],  # with its twin two rows of unequal lengths
-    [Request(prompt("audio"), ("text", "audio"), 40, max_frames=4), Request(prompt(), (), 20, sample=1)],
+    [Request(prompt("audio"), ("audio",), 40, max_frames=8), Request(prompt(), ("text", "audio", "text"), 40)],
     [Request(prompt("text"), ("text",), 10, sample=i) for i in range(5)],  # more rows than the step is compiled for
 )
 
@@ -37,9 +37,8 @@ def test_the_function_that_is_compiled(monkeypatch):
     check(Decoder(MODEL, compile=True))
     assert set(calls) == {1, 2, 3}
     for dtype in (torch.bfloat16, torch.int8):
-        for request, generation in zip(
-            BATCHES[1], generate(Decoder(MODEL, dtype, True), GRAMMAR, BATCHES[1]), strict=True
-        ):
+        answers = generate(Decoder(MODEL, dtype, compile=True), GRAMMAR, BATCHES[1])
+        for request, generation in zip(BATCHES[1], answers, strict=True):
             answered(generation, request)
 
 
@@ -47,7 +46,5 @@ def test_the_function_that_is_compiled(monkeypatch):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_for_real():
     check(Decoder(MODEL, compile=True))
-    for request, generation in zip(
-        BATCHES[0], generate(Decoder(MODEL, torch.int8, True), GRAMMAR, BATCHES[0]), strict=True
-    ):
-        answered(generation, request)
+    (generation,) = generate(Decoder(MODEL, torch.int8, compile=True), GRAMMAR, BATCHES[0])
+    answered(generation, BATCHES[0][0])
