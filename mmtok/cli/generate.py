@@ -103,7 +103,7 @@ def generate(
     compile: Annotated[
         bool,
         typer.Option(
-            "--compile", help="Run int8 1.4 times as fast by torch.compile, which first takes up to a minute."
+            "--compile", help="Run int8 about a third faster by torch.compile, which first takes up to a minute."
         ),
     ] = False,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most ids of the answer.")] = 1200,
